@@ -1,0 +1,1 @@
+"""@triton.jit functions only: no torch, no allocation, no decisions; launch/ is the one caller."""

@@ -1,0 +1,409 @@
+"""Convolution kernels: a loop of boxes (tensor descriptors) and its pointer twin, with one epilogue.
+
+Every kernel computes acc[k, pixel] = sum over (r, s, c) of w[k, r, s, c] * x[pixel shifted by (r, s), c].  Weights are
+operand A and pixels operand B: the other way round Triton moves the reshaped box through registers and serialises
+every WGMMA.  The filter a tap (r, s) reads is TAP_0 + r * TAP_R + s * TAP_S, which lets dgrad run on the filters of
+fprop, flipped and transposed in place.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C: tl.constexpr):
+    # Counters carried by hand: about 20 integer instructions an iteration less than dividing the step.
+    c += BLOCK_C
+    wrap = c >= C
+    c = tl.where(wrap, 0, c)
+    s = tl.where(wrap, s + 1, s)
+    wrap = s >= s_hi
+    s = tl.where(wrap, s_lo, s)
+    r = tl.where(wrap, r + 1, r)
+    return c, s, r
+
+
+@triton.jit
+def _bias_and_activation(acc, bias, g, k, K, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
+    if HAS_BIAS:
+        acc += tl.load(bias + g * K + k, mask=k < K, other=0.0).to(acc.dtype)[:, None]
+    if ACTIVATION == "relu":
+        acc = tl.where(acc < 0, 0.0, acc)  # a comparison, because relu keeps NaN
+    return acc
+
+
+# GEMM_M: filters of one group.  GEMM_N: output pixels, a [BOX_N, BOX_H, BOX_W] box of them.
+# GEMM_K: (r, s, c), taps that lie outside the image for the whole box are skipped.
+# With BOX_H = BOX_W = 1 ("pixel") a box never straddles the border, and stride only moves a coordinate.
+@triton.jit
+def fprop_box(
+    x,  # descriptor of [N, H, W, (GROUPS,) C], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_C]
+    w,  # descriptor of the filters as a matrix: [rows, taps * C], box [BLOCK_K, BLOCK_C]; turned if TRANSPOSED
+    y,  # descriptor of [N, P, Q, (GROUPS,) K], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_K]; a pointer if not STORE_BOX
+    bias,  # pointer to [GROUPS * K], or None
+    N,
+    H,
+    W,
+    P,
+    Q,
+    C,  # channels of one group
+    K,  # filters of one group
+    stride_yn,
+    stride_yp,
+    stride_yq,
+    stride_yk,
+    pad_h,
+    pad_w,
+    stride_h,
+    stride_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TAP_0: tl.constexpr,
+    TAP_R: tl.constexpr,
+    TAP_S: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # w holds [depth, taps * rows], as dgrad finds the filters of fprop
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STORE_BOX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    OUT: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    t = tl.program_id(0)
+    n_k = tl.cdiv(K, BLOCK_K)
+    k0 = (t % n_k) * BLOCK_K
+    t = t // n_k
+    g = t % GROUPS
+    t = t // GROUPS
+    n_q = tl.cdiv(Q, BOX_W)
+    q = (t % n_q) * BOX_W
+    t = t // n_q
+    n_p = tl.cdiv(P, BOX_H)
+    p = (t % n_p) * BOX_H
+    n = (t // n_p) * BOX_N
+    h0 = p * stride_h - pad_h
+    w0 = q * stride_w - pad_w
+    # cdiv rounds towards zero for negatives; the outer maximum makes that harmless.
+    r_lo = tl.maximum(0, tl.cdiv(1 - BOX_H - h0, DIL_H))
+    r_hi = tl.minimum(R, tl.maximum(0, tl.cdiv(H - h0, DIL_H)))
+    s_lo = tl.maximum(0, tl.cdiv(1 - BOX_W - w0, DIL_W))
+    s_hi = tl.minimum(S, tl.maximum(0, tl.cdiv(W - w0, DIL_W)))
+    steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * tl.cdiv(C, BLOCK_C)
+    acc = tl.zeros((BLOCK_K, PIXELS), ACC)
+    c, s, r = 0, s_lo, r_lo
+    for _ in tl.range(0, steps):  # one flat loop: it pipelines across taps
+        if GROUPS == 1:
+            box = x.load([n, h0 + r * DIL_H, w0 + s * DIL_W, c]).reshape(PIXELS, BLOCK_C)
+        else:
+            box = x.load([n, h0 + r * DIL_H, w0 + s * DIL_W, g, c]).reshape(PIXELS, BLOCK_C)
+        tap = TAP_0 + r * TAP_R + s * TAP_S
+        if TRANSPOSED:
+            filters = w.load([g * C + c, tap * K + k0]).T
+        else:
+            filters = w.load([g * K + k0, tap * C + c])
+        acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        c, s, r = _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
+    k = k0 + tl.arange(0, BLOCK_K)
+    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    if STORE_BOX:
+        out = acc.to(OUT).T
+        if GROUPS == 1:
+            y.store([n, p, q, k0], out.reshape(BOX_N, BOX_H, BOX_W, BLOCK_K))
+        else:
+            y.store([n, p, q, g, k0], out.reshape(BOX_N, BOX_H, BOX_W, 1, BLOCK_K))
+    else:
+        i = tl.arange(0, PIXELS)
+        i_n = n + i // (BOX_H * BOX_W)
+        i_p = p + (i // BOX_W) % BOX_H
+        i_q = q + i % BOX_W
+        pixels = i_n.to(tl.int64) * stride_yn + i_p.to(tl.int64) * stride_yp + i_q.to(tl.int64) * stride_yq
+        inside = (i_n < N) & (i_p < P) & (i_q < Q)
+        rows = (g * K + k).to(tl.int64) * stride_yk
+        tl.store(y + rows[:, None] + pixels[None, :], acc.to(OUT), mask=(k < K)[:, None] & inside[None, :])
+
+
+# GEMM_M: filters of one group.  GEMM_N: flat output pixels (n, p, q).  GEMM_K: (r, s, c).
+# Pointers and masks: for GPUs without tensor descriptors and for row pitches that they cannot address.
+@triton.jit
+def fprop_gather(
+    x,  # pointer, any strides
+    w,  # pointer, any strides
+    y,  # pointer, any strides
+    bias,  # pointer to [GROUPS * K], or None
+    N,
+    H,
+    W,
+    P,
+    Q,
+    K,  # filters of one group
+    stride_xn,
+    stride_xh,
+    stride_xw,
+    stride_xc,
+    stride_wg,
+    stride_wk,
+    stride_wt,  # from one tap to the next
+    stride_wc,
+    stride_yn,
+    stride_yp,
+    stride_yq,
+    stride_yk,
+    pad_h,
+    pad_w,
+    C: tl.constexpr,  # channels of one group; constant, so that offsets fold and wide loads are proven aligned
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TAP_0: tl.constexpr,
+    TAP_R: tl.constexpr,
+    TAP_S: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FLAT: tl.constexpr,  # depth is (r, s, c) flattened: few channels would leave a block of c mostly empty
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    OUT: tl.constexpr,
+    INDEX: tl.constexpr,  # tl.int64 where an offset inside one image or filter can pass 2^31
+    PIXELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    t = tl.program_id(0)
+    n_k = tl.cdiv(K, BLOCK_K)
+    k0 = (t % n_k) * BLOCK_K
+    t = t // n_k
+    g = t % GROUPS
+    i = tl.cast(t // GROUPS, INDEX) * PIXELS + tl.arange(0, PIXELS)
+    q = (i % Q).to(tl.int32)
+    row = i // Q
+    p = (row % P).to(tl.int32)
+    n = (row // P).to(tl.int64)
+    inside_y = n < N
+    h0 = p * STRIDE_H - pad_h
+    w0 = q * STRIDE_W - pad_w
+    pixel_x = n * stride_xn + h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
+    k = k0 + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_C)
+    inside_k = k < K
+    x_rows = x + (g.to(tl.int64) * C * stride_xc + pixel_x)
+    w_rows = w + (g.to(tl.int64) * stride_wg + k.to(tl.int64) * stride_wk)
+    acc = tl.zeros((BLOCK_K, PIXELS), ACC)
+    if FLAT:
+        for d0 in tl.range(0, R * S * C, BLOCK_C):
+            flat = d0 + d
+            c = flat % C
+            tap = flat // C
+            r = tap // S
+            s = tap % S
+            h = h0[:, None] + r[None, :] * DIL_H
+            v = w0[:, None] + s[None, :] * DIL_W
+            inside = (h >= 0) & (h < H) & (v >= 0) & (v < W) & inside_y[:, None] & (r < R)[None, :]
+            shift = (r * DIL_H).to(INDEX) * stride_xh + (s * DIL_W).to(INDEX) * stride_xw + c.to(INDEX) * stride_xc
+            pixels = tl.load(x_rows[:, None] + shift[None, :], mask=inside, other=0.0)
+            column = (TAP_0 + r * TAP_R + s * TAP_S).to(INDEX) * stride_wt + c.to(INDEX) * stride_wc
+            filters = tl.load(
+                w_rows[:, None] + column[None, :], mask=inside_k[:, None] & (r < R)[None, :], other=0.0
+            )
+            acc = tl.dot(filters, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        x_ptrs = x_rows[:, None] + d.to(INDEX)[None, :] * stride_xc
+        w_ptrs = w_rows[:, None] + d.to(INDEX)[None, :] * stride_wc
+        c, s, r = 0, 0, 0
+        for _ in tl.range(0, R * S * tl.cdiv(C, BLOCK_C)):
+            h = h0 + r * DIL_H
+            v = w0 + s * DIL_W
+            inside = inside_y & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            inside_c = d < C - c
+            shift = tl.cast(r * DIL_H, INDEX) * stride_xh + tl.cast(s * DIL_W, INDEX) * stride_xw
+            pixels = tl.load(
+                x_ptrs + (shift + tl.cast(c, INDEX) * stride_xc), mask=inside[:, None] & inside_c[None, :], other=0.0
+            )
+            column = tl.cast(TAP_0 + r * TAP_R + s * TAP_S, INDEX) * stride_wt + tl.cast(c, INDEX) * stride_wc
+            filters = tl.load(w_ptrs + column, mask=inside_k[:, None] & inside_c[None, :], other=0.0)
+            acc = tl.dot(filters, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
+            c, s, r = _next_tap(c, s, r, 0, S, C, BLOCK_C)
+    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    pixel_y = n * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
+    rows = (g * K + k).to(tl.int64) * stride_yk
+    tl.store(y + rows[:, None] + pixel_y[None, :], acc.to(OUT), mask=inside_k[:, None] & inside_y[None, :])
+
+
+# GEMM_M: filters of one group.  GEMM_N: channels of one group, for one tap (r, s).  GEMM_K: output pixels, of which
+# every split takes an equal run and writes its own slice of dw.  Pixels whose tap lies in the padding are skipped.
+@triton.jit
+def wgrad_box(
+    x,  # descriptor of [N, H, W, (GROUPS,) C]; with PIXEL of [N, H * W * GROUPS * C], box [BOX_N, BLOCK_C]
+    dy,  # descriptor of [N, P, Q, (GROUPS,) K]; with PIXEL of [N, P * Q * GROUPS * K], box [BOX_N, BLOCK_K]
+    dw,  # pointer to [SPLITS, GROUPS * K, R * S, C]
+    N,
+    H,
+    W,
+    P,
+    Q,
+    C,  # channels of one group
+    K,  # filters of one group
+    pitch_xh,  # from one row of x to the next, in elements (PIXEL)
+    pitch_xw,
+    pitch_yp,
+    pitch_yq,
+    pad_h,
+    pad_w,
+    stride_h,
+    stride_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PIXEL: tl.constexpr,  # one pixel of BOX_N images: no box straddles an edge, so both operands are matrices
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    t = tl.program_id(0)
+    n_c = tl.cdiv(C, BLOCK_C)
+    n_k = tl.cdiv(K, BLOCK_K)
+    k0 = (t % n_k) * BLOCK_K
+    t = t // n_k
+    c0 = (t % n_c) * BLOCK_C
+    t = t // n_c
+    tap = t % (R * S)
+    t = t // (R * S)
+    g = t % GROUPS
+    split = t // GROUPS
+    h_tap = (tap // S) * DIL_H - pad_h
+    w_tap = (tap % S) * DIL_W - pad_w
+    # Boxes [lo, hi) along p and q that hold a pixel whose input p * stride + h_tap is inside the image.
+    p_lo = tl.maximum(0, tl.cdiv(-h_tap, stride_h)) // BOX_H
+    p_hi = tl.cdiv(tl.minimum(P, tl.maximum(0, tl.cdiv(H - h_tap, stride_h))), BOX_H)
+    q_lo = tl.maximum(0, tl.cdiv(-w_tap, stride_w)) // BOX_W
+    q_hi = tl.cdiv(tl.minimum(Q, tl.maximum(0, tl.cdiv(W - w_tap, stride_w))), BOX_W)
+    n_n = tl.cdiv(N, BOX_N)
+    n_q = tl.maximum(q_hi - q_lo, 1)
+    steps = n_n * tl.maximum(q_hi - q_lo, 0) * tl.maximum(p_hi - p_lo, 0)
+    share = tl.cdiv(steps, SPLITS)
+    begin = split * share
+    n = (begin % n_n) * BOX_N
+    q = q_lo + (begin // n_n) % n_q
+    p = p_lo + begin // n_n // n_q
+    acc = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+    for _ in tl.range(begin, tl.minimum(begin + share, steps)):
+        if PIXEL:
+            pixel_x = (p * stride_h + h_tap) * pitch_xh + (q * stride_w + w_tap) * pitch_xw
+            box = x.load([n, pixel_x + g * C + c0])
+            grad = dy.load([n, p * pitch_yp + q * pitch_yq + g * K + k0])
+        elif GROUPS == 1:
+            box = x.load([n, p * BOX_H + h_tap, q * BOX_W + w_tap, c0]).reshape(PIXELS, BLOCK_C)
+            grad = dy.load([n, p * BOX_H, q * BOX_W, k0]).reshape(PIXELS, BLOCK_K)
+        else:
+            box = x.load([n, p * BOX_H + h_tap, q * BOX_W + w_tap, g, c0]).reshape(PIXELS, BLOCK_C)
+            grad = dy.load([n, p * BOX_H, q * BOX_W, g, k0]).reshape(PIXELS, BLOCK_K)
+        acc = tl.dot(grad.T, box, acc, input_precision=PRECISION, out_dtype=ACC)
+        n += BOX_N
+        wrap = n >= N
+        n = tl.where(wrap, 0, n)
+        q = tl.where(wrap, q + 1, q)
+        wrap = q >= q_hi
+        q = tl.where(wrap, q_lo, q)
+        p = tl.where(wrap, p + 1, p)
+    k = k0 + tl.arange(0, BLOCK_K)
+    c = c0 + tl.arange(0, BLOCK_C)
+    rows = ((split * GROUPS + g).to(tl.int64) * K + k) * (R * S) + tap
+    inside = (k < K)[:, None] & (c < C)[None, :]
+    tl.store(dw + rows[:, None] * C + c[None, :], acc.to(dw.dtype.element_ty), mask=inside)
+
+
+# GEMM_M: filters of one group.  GEMM_N: (r, s, c) flattened.  GEMM_K: flat output pixels (n, p, q), split as above.
+@triton.jit
+def wgrad_gather(
+    x,  # pointer, any strides
+    dy,  # pointer, any strides
+    dw,  # pointer to [SPLITS, GROUPS * K, R * S * C]
+    N,
+    H,
+    W,
+    P,
+    Q,
+    K,  # filters of one group
+    stride_xn,
+    stride_xh,
+    stride_xw,
+    stride_xc,
+    stride_yn,
+    stride_yp,
+    stride_yq,
+    stride_yk,
+    pad_h,
+    pad_w,
+    C: tl.constexpr,  # channels of one group
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    t = tl.program_id(0)
+    n_k = tl.cdiv(K, BLOCK_K)
+    n_d = tl.cdiv(R * S * C, BLOCK_C)
+    k0 = (t % n_k) * BLOCK_K
+    t = t // n_k
+    d = (t % n_d) * BLOCK_C + tl.arange(0, BLOCK_C)
+    t = t // n_d
+    g = t % GROUPS
+    split = t // GROUPS
+    k = k0 + tl.arange(0, BLOCK_K)
+    c = d % C
+    h_tap = (d // C // S) * DIL_H - pad_h
+    w_tap = (d // C % S) * DIL_W - pad_w
+    column = h_tap.to(tl.int64) * stride_xh + w_tap.to(tl.int64) * stride_xw + (g * C + c).to(tl.int64) * stride_xc
+    filters = (g * K + k).to(tl.int64) * stride_yk
+    inside_d = d < R * S * C
+    inside_k = k < K
+    steps = tl.cdiv(N * P * Q, PIXELS)
+    share = tl.cdiv(steps, SPLITS)
+    acc = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+    for step in tl.range(split * share, tl.minimum(split * share + share, steps)):
+        i = tl.cast(step, INDEX) * PIXELS + tl.arange(0, PIXELS)
+        q = (i % Q).to(tl.int32)
+        p = (i // Q % P).to(tl.int32)
+        n = (i // Q // P).to(tl.int64)
+        h = (p * STRIDE_H)[:, None] + h_tap[None, :]
+        w = (q * STRIDE_W)[:, None] + w_tap[None, :]
+        inside = (n < N)[:, None] & inside_d[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        pixel = n * stride_xn + (p * STRIDE_H).to(INDEX) * stride_xh + (q * STRIDE_W).to(INDEX) * stride_xw
+        patch = tl.load(x + pixel[:, None] + column[None, :], mask=inside, other=0.0)
+        pixel_y = n * stride_yn + p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
+        inside_y = (n < N)[:, None] & inside_k[None, :]
+        grad = tl.load(dy + pixel_y[:, None] + filters[None, :], mask=inside_y, other=0.0)
+        acc = tl.dot(grad.T, patch, acc, input_precision=PRECISION, out_dtype=ACC)
+    rows = ((split * GROUPS + g).to(tl.int64) * K + k) * (R * S * C)
+    inside = inside_k[:, None] & inside_d[None, :]
+    tl.store(dw + rows[:, None] + d[None, :], acc.to(dw.dtype.element_ty), mask=inside)

@@ -1,0 +1,264 @@
+"""The shapes of the problems: extents, operations, bytes.  The only home of the output-size formula."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+Pair = tuple[int, int]
+Padding = tuple[Pair, Pair]  # ((top, bottom), (left, right)); negative values crop
+
+
+def output_extent(extent: int, window: int, stride: int, before: int, after: int, dilation: int) -> int:
+    """Positions of a dilated window along one padded axis: floor((extent + padding - span) / stride) + 1.
+
+    `span` is dilation * (window - 1) + 1.  Zero or less means that the window does not fit.
+    """
+    return (extent + before + after - dilation * (window - 1) - 1) // stride + 1
+
+
+def pooled_extent(extent: int, window: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """As output_extent with equal padding; `ceil_mode` counts a last partial window unless it starts in the padding."""
+    if not ceil_mode:
+        return output_extent(extent, window, stride, padding, padding, dilation)
+    out = output_extent(extent, window, stride, padding, padding + stride - 1, dilation)
+    return out - 1 if (out - 1) * stride >= extent + padding else out
+
+
+def same_padding(window: int, dilation: int) -> Pair:
+    """Padding that keeps the extent at stride 1; the odd element goes after, as in torch.nn.functional.conv2d."""
+    total = dilation * (window - 1)
+    return total // 2, total - total // 2
+
+
+@dataclass(frozen=True)
+class Filters:
+    """How a problem reads the filters [K, R, S, C/groups] of the layer it came from.
+
+    Tap (r, s) of the problem is tap `first + r * step_r + s * step_s` of the layer, counted along (R, S) flattened;
+    `transposed` swaps filters and channels.
+    """
+
+    first: int
+    step_r: int
+    step_s: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Conv2dProblem:
+    """A 2-D cross-correlation: x [N, C, H, W], w [K, C/groups, R, S] -> y [N, K, P, Q].
+
+    Raises ValueError, naming the extent, where channels do not divide into groups or no output is left.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    stride: Pair = (1, 1)
+    padding: Padding = ((0, 0), (0, 0))
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.C % self.groups or self.K % self.groups:
+            raise ValueError(
+                f"groups={self.groups} must divide the input channels ({self.C}) and the output channels ({self.K})"
+            )
+        if self.P < 1 or self.Q < 1:
+            raise ValueError(
+                f"input of {self.H}x{self.W} is too small: a {self.R}x{self.S} kernel with stride {self.stride}, "
+                f"padding {self.padding} and dilation {self.dilation} leaves an output of {self.P}x{self.Q}"
+            )
+
+    @cached_property
+    def P(self) -> int:
+        return output_extent(self.H, self.R, self.stride[0], *self.padding[0], self.dilation[0])
+
+    @cached_property
+    def Q(self) -> int:
+        return output_extent(self.W, self.S, self.stride[1], *self.padding[1], self.dilation[1])
+
+    @property
+    def group_channels(self) -> int:
+        return self.C // self.groups
+
+    @property
+    def group_filters(self) -> int:
+        return self.K // self.groups
+
+    @property
+    def taps(self) -> int:
+        return self.R * self.S
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def w_shape(self) -> tuple[int, int, int, int]:
+        return self.K, self.group_channels, self.R, self.S
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.K, self.P, self.Q
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one pass, taps in the padding included (the usual count)."""
+        return 2 * math.prod(self.y_shape) * self.group_channels * self.taps
+
+    @property
+    def filters(self) -> Filters:
+        """The layer's own filters, in order."""
+        return Filters(0, self.S, 1)
+
+    def bytes_least(self, itemsize: int) -> int:
+        """Each operand moved once."""
+        return itemsize * (math.prod(self.x_shape) + math.prod(self.w_shape) + math.prod(self.y_shape))
+
+    @cached_property
+    def dgrad(self) -> tuple[DgradPart, ...]:
+        """The input gradient as independent stride-1 convolutions of dy: one for each residue of the input pixel."""
+        rows = [_residue(self.H, self.P, self.R, self.stride[0], self.padding[0], self.dilation[0], a)
+                for a in range(min(self.stride[0], self.H))]  # fmt: skip
+        columns = [_residue(self.W, self.Q, self.S, self.stride[1], self.padding[1], self.dilation[1], b)
+                   for b in range(min(self.stride[1], self.W))]  # fmt: skip
+        return tuple(self._dgrad_part(row, column) for row in rows for column in columns)
+
+    def _dgrad_part(self, row: Residue, column: Residue) -> DgradPart:
+        problem = Conv2dProblem(
+            N=self.N, C=self.K, H=self.P, W=self.Q, K=self.C, R=row.taps, S=column.taps,
+            padding=(row.padding, column.padding), dilation=(row.dilation, column.dilation), groups=self.groups,
+        )  # fmt: skip
+        filters = Filters(
+            first=row.first * self.S + column.first, step_r=row.step * self.S, step_s=column.step, transposed=True
+        )
+        return DgradPart(problem, filters, (row.offset, column.offset), self.stride)
+
+
+@dataclass(frozen=True)
+class Residue:
+    """One axis of a strided dgrad: the input pixels offset, offset + stride, ... and the taps that reach them."""
+
+    offset: int
+    taps: int
+    first: int
+    step: int
+    dilation: int
+    padding: Pair
+
+
+@dataclass(frozen=True)
+class DgradPart:
+    """`problem` writes dx[:, :, offset[0]::stride[0], offset[1]::stride[1]] from dy and `filters`."""
+
+    problem: Conv2dProblem
+    filters: Filters
+    offset: Pair
+    stride: Pair
+
+
+def _residue(extent: int, outputs: int, window: int, stride: int, padding: Pair, dilation: int, offset: int) -> Residue:
+    """Which taps r reach input pixels h = stride * u + offset, and from where: p = (h + padding - r * dilation) / stride.
+
+    They solve r * dilation = offset + padding (mod stride), so they lie stride / gcd(stride, dilation) apart, and
+    p = u + base - j * dilation / gcd for the j-th of them: flipped, that is a convolution over u.
+    """
+    common = math.gcd(stride, dilation)
+    step = stride // common
+    lowest = next((r for r in range(min(step, window)) if (offset + padding[0] - r * dilation) % stride == 0), None)
+    pixels = (extent - offset + stride - 1) // stride
+    if lowest is None:  # no tap reaches these pixels: a problem without taps, whose output is zero
+        return Residue(offset, 0, 0, 1, 1, (0, pixels - outputs - 1))
+    taps = (window - 1 - lowest) // step + 1
+    spread = dilation // common
+    before = spread * (taps - 1) - (offset + padding[0] - lowest * dilation) // stride
+    after = pixels + spread * (taps - 1) - outputs - before
+    return Residue(offset, taps, lowest + step * (taps - 1), -step, spread, (before, after))
+
+
+@dataclass(frozen=True)
+class Pool2dProblem:
+    """A sliding window over x [N, C, H, W] -> y [N, C, P, Q].
+
+    Raises ValueError where padding exceeds half the window or no output is left.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    ceil_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if any(2 * pad > window for pad, window in zip(self.padding, self.kernel, strict=True)):
+            raise ValueError(f"padding={self.padding} must be at most half of kernel_size={self.kernel}")
+        if self.P < 1 or self.Q < 1:
+            raise ValueError(
+                f"input of {self.H}x{self.W} is too small: kernel_size={self.kernel}, stride={self.stride}, "
+                f"padding={self.padding}, dilation={self.dilation} leave an output of {self.P}x{self.Q}"
+            )
+
+    @cached_property
+    def P(self) -> int:
+        return pooled_extent(
+            self.H, self.kernel[0], self.stride[0], self.padding[0], self.dilation[0], self.ceil_mode
+        )
+
+    @cached_property
+    def Q(self) -> int:
+        return pooled_extent(
+            self.W, self.kernel[1], self.stride[1], self.padding[1], self.dilation[1], self.ceil_mode
+        )
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.P, self.Q
+
+    def bytes_least(self, itemsize: int, switch: bool) -> int:
+        """The input once, the output once, and one byte an output for the switch."""
+        return itemsize * (math.prod(self.x_shape) + math.prod(self.y_shape)) + switch * math.prod(self.y_shape)
+
+
+@dataclass(frozen=True)
+class AdaptivePool2dProblem:
+    """x [N, C, H, W] -> y [N, C, P, Q]: window i covers floor(i * H / P) .. ceil((i + 1) * H / P)."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    P: int
+    Q: int
+
+    @property
+    def window(self) -> Pair:
+        """The largest window."""
+        return _largest_window(self.H, self.P), _largest_window(self.W, self.Q)
+
+    @property
+    def overlap(self) -> Pair:
+        """The most windows that hold one input row, and one input column."""
+        return _largest_window(self.P, self.H), _largest_window(self.Q, self.W)
+
+
+def _largest_window(extent: int, outputs: int) -> int:
+    return max((-(-(i + 1) * extent // outputs) - i * extent // outputs for i in range(outputs)), default=0)

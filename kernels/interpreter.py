@@ -1,0 +1,5 @@
+"""Repairs of the Triton interpreter."""
+
+
+def repair() -> None:
+    """Not there yet."""

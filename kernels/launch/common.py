@@ -1,0 +1,51 @@
+"""What every launcher makes, one Launch, and what they share in describing operands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+
+TRITON_TYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid, its arguments by name (constexprs included) and its compile options.
+
+    `run()` launches it. The bench compiles the same object for another GPU, so what is inspected is what is launched.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+    tile: str = ""  # how reports name the choice
+
+    def run(self) -> None:
+        if self.grid[0] > 0:
+            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """The type that sums of `dtype` are kept in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def index_type(*tensors: torch.Tensor) -> Any:
+    """int64 where an offset inside one of the tensors passes 2^31."""
+    reach = (sum((e - 1) * abs(s) for e, s in zip(t.shape, t.stride(), strict=True)) for t in tensors if t.numel())
+    return tl.int64 if max(reach, default=0) >= (1 << 31) - (1 << 20) else tl.int32
+
+
+def strides(operand: str, tensor: torch.Tensor, axes: str) -> dict[str, int]:
+    """Kernel arguments stride_<operand><axis>, one for each axis of the tensor."""
+    return {f"stride_{operand}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}

@@ -1,0 +1,196 @@
+"""Convolution on the host side: describe the operands, choose a tile, launch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tileconv.kernels import tiles
+from tileconv.kernels.device import conv as device
+from tileconv.kernels.geometry import Conv2dProblem, Filters
+from tileconv.kernels.hardware import GPU
+from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
+from tileconv.kernels.launch.pointwise import plan_add_slices
+
+def plan_fprop(
+    problem: Conv2dProblem,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    gpu: GPU,
+    filters: Filters | None = None,
+    activation: str | None = None,
+    precision: str = "ieee",
+) -> Launch:
+    """The launch that writes y [N, K, P, Q] from x [N, C, H, W] and w, the layer's own filters [K, C/groups, R, S].
+
+    `filters` says how the problem reads them: dgrad runs on the filters of fprop, transposed.  Strides of x and y are
+    free; a formulation that needs descriptors copies an operand that they cannot address.
+    """
+    filters = filters or problem.filters
+    tile = tiles.choose(problem, "dgrad" if filters.transposed else "fprop", x.dtype, precision, gpu)
+    plan = _plan_gather if tile.formulation == "gather" else _plan_box
+    common: dict[str, Any] = {
+        "bias": bias, "N": problem.N, "H": problem.H, "W": problem.W, "P": problem.P, "Q": problem.Q,
+        "C": problem.group_channels, "K": problem.group_filters,
+        **strides("y", y, "nkpq"), "pad_h": problem.padding[0][0], "pad_w": problem.padding[1][0],
+        "R": problem.R, "S": problem.S, "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "GROUPS": problem.groups, "TAP_0": filters.first, "TAP_R": filters.step_r, "TAP_S": filters.step_s,
+        "HAS_BIAS": bias is not None, "ACTIVATION": activation, "PRECISION": precision,
+        "ACC": accumulator(x.dtype), "OUT": TRITON_TYPE[y.dtype],
+        "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+    }  # fmt: skip
+    return plan(problem, filters, tile, x, w, y, common)
+
+
+def plan_dgrad(
+    problem: Conv2dProblem, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, *, gpu: GPU, precision: str = "ieee"
+) -> list[Launch]:
+    """The launches that write dx, one for each residue of the input pixel: fprop on the rephrased problems."""
+    return [
+        plan_fprop(
+            part.problem, dy, w, None, dx[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
+            gpu=gpu, filters=part.filters, precision=precision,
+        )
+        for part in problem.dgrad
+    ]  # fmt: skip
+
+
+def plan_wgrad(
+    problem: Conv2dProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, *, gpu: GPU, precision: str = "ieee"
+) -> list[Launch]:
+    """The launches that write dw [K, C/groups, R, S] (channels_last): partial sums, then their sum in a fixed order."""
+    tile = tiles.choose(problem, "wgrad", x.dtype, precision, gpu)
+    matrix = dw.permute(0, 2, 3, 1)
+    parts = matrix if tile.splits == 1 else _slices(tile.splits, dw)
+    arguments: dict[str, Any] = {
+        "dw": parts, "N": problem.N, "H": problem.H, "W": problem.W, "P": problem.P, "Q": problem.Q,
+        "C": problem.group_channels, "K": problem.group_filters,
+        "pad_h": problem.padding[0][0], "pad_w": problem.padding[1][0], "R": problem.R, "S": problem.S,
+        "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1], "GROUPS": problem.groups, "SPLITS": tile.splits,
+        "PRECISION": precision, "ACC": accumulator(x.dtype), "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+    }  # fmt: skip
+    columns = problem.group_channels
+    if tile.formulation == "gather":
+        kernel: Any = device.wgrad_gather
+        columns *= problem.taps
+        arguments |= {
+            "x": x, "dy": dy, **strides("x", x, "nchw"), **strides("y", dy, "nkpq"), "STRIDE_H": problem.stride[0],
+            "STRIDE_W": problem.stride[1], "INDEX": index_type(x, dy), "PIXELS": tile.pixels,
+        }  # fmt: skip
+    else:
+        kernel = device.wgrad_box
+        x, dy = _for_descriptor(x, problem.groups), _for_descriptor(dy, problem.groups)
+        describe = _row_descriptor if tile.formulation == "pixel" else _image_descriptor
+        arguments |= {
+            "x": describe(x, problem.groups, tile.box, tile.block_c),
+            "dy": describe(dy, problem.groups, tile.box, tile.block_k),
+            "pitch_xh": x.stride(2), "pitch_xw": x.stride(3), "pitch_yp": dy.stride(2), "pitch_yq": dy.stride(3),
+            "stride_h": problem.stride[0], "stride_w": problem.stride[1], "PIXEL": tile.formulation == "pixel",
+            "BOX_N": tile.box[0], "BOX_H": tile.box[1], "BOX_W": tile.box[2],
+        }  # fmt: skip
+    taps = 1 if tile.formulation == "gather" else problem.taps
+    blocks = triton.cdiv(columns, tile.block_c) * triton.cdiv(problem.group_filters, tile.block_k)
+    programs = blocks * taps * problem.groups * tile.splits
+    launches = [Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
+    return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]
+
+
+def _slices(splits: int, dw: torch.Tensor) -> torch.Tensor:
+    """One slice of partial sums for each split, in the accumulator's type."""
+    dtype = torch.float64 if dw.dtype == torch.float64 else torch.float32
+    return torch.empty((splits, dw.numel()), dtype=dtype, device=dw.device)
+
+
+def _plan_box(
+    problem: Conv2dProblem, filters: Filters, tile: tiles.ConvTile,
+    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any],
+) -> Launch:  # fmt: skip
+    matrix = _filter_matrix(w)
+    transposed = filters.transposed
+    if transposed and w.itemsize == 4:
+        # Tensor cores read 4-byte operands along the depth only: without this copy they wait for a turn in registers.
+        matrix = w.unflatten(0, (problem.groups, -1)).permute(0, 2, 3, 4, 1).reshape(problem.K, -1).contiguous()
+        transposed = False
+    box = (tile.block_c, tile.block_k) if transposed else (tile.block_k, tile.block_c)
+    store_box = _describable(y, problem.groups)
+    arguments = {
+        "x": _image_descriptor(_for_descriptor(x, problem.groups), problem.groups, tile.box, tile.block_c),
+        "w": TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(box)),
+        "y": _image_descriptor(y, problem.groups, tile.box, tile.block_k) if store_box else y,
+        "stride_h": problem.stride[0], "stride_w": problem.stride[1],
+        "TRANSPOSED": transposed, "STORE_BOX": store_box,
+        "BOX_N": tile.box[0], "BOX_H": tile.box[1], "BOX_W": tile.box[2], **common,
+    }  # fmt: skip
+    boxes = [triton.cdiv(e, b) for e, b in zip((problem.N, problem.P, problem.Q), tile.box, strict=True)]
+    programs = math.prod(boxes) * problem.groups * triton.cdiv(problem.group_filters, tile.block_k)
+    return Launch(device.fprop_box, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))
+
+
+def _plan_gather(
+    problem: Conv2dProblem, filters: Filters, tile: tiles.ConvTile,
+    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any],
+) -> Launch:  # fmt: skip
+    matrix = _filter_matrix(w)
+    channels = w.shape[1]
+    pitch = matrix.stride(0)
+    rows, depth = (1, pitch) if filters.transposed else (pitch, 1)
+    arguments = {
+        "x": x, "w": matrix, "y": y,
+        **strides("x", x, "nchw"),
+        "stride_wg": w.shape[0] // problem.groups * pitch, "stride_wk": rows, "stride_wt": channels,
+        "stride_wc": depth, "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
+        "FLAT": tile.flat, "INDEX": index_type(x, w, y),
+        "PIXELS": tile.pixels, **common,
+    }  # fmt: skip
+    pixels = problem.N * problem.P * problem.Q
+    programs = triton.cdiv(pixels, tile.pixels) * problem.groups * triton.cdiv(problem.group_filters, tile.block_k)
+    return Launch(device.fprop_gather, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))
+
+
+def _filter_matrix(w: torch.Tensor) -> torch.Tensor:
+    """The filters as [K, R * S * C/groups]: a view of channels_last weights, a copy of others."""
+    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).contiguous()
+
+
+def _describable(image: torch.Tensor, groups: int) -> bool:
+    """Whether a tensor descriptor can address `image` [N, C, H, W] as it lies: NHWC, all pitches 16-byte multiples."""
+    channels = image.shape[1] // groups
+    pitches = [stride for extent, stride in zip(image.shape, image.stride(), strict=True) if extent > 1]
+    if image.shape[1] > 1:
+        pitches.remove(image.stride(1))
+    aligned = all(pitch > 0 and pitch * image.itemsize % 16 == 0 for pitch in [*pitches, channels])
+    return aligned and (image.stride(1) == 1 or image.shape[1] == 1) and image.data_ptr() % 16 == 0
+
+
+def _for_descriptor(image: torch.Tensor, groups: int) -> torch.Tensor:
+    if _describable(image, groups):
+        return image
+    return torch.empty_like(image, memory_format=torch.channels_last).copy_(image)
+
+
+def _image_descriptor(image: torch.Tensor, groups: int, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
+    """[N, H, W, C]; with groups [N, H, W, groups, C/groups], so that a box cannot run into the next group."""
+    count, total, height, width = image.shape
+    strides = [
+        stride if extent > 1 else total  # an axis of one element has no pitch of its own
+        for extent, stride in ((count, image.stride(0)), (height, image.stride(2)), (width, image.stride(3)))
+    ]
+    if groups == 1:
+        return TensorDescriptor(image, [count, height, width, total], [*strides, 1], [*box, channels])
+    shape = [count, height, width, groups, total // groups]
+    return TensorDescriptor(image, shape, [*strides, total // groups, 1], [*box, 1, channels])
+
+
+def _row_descriptor(image: torch.Tensor, groups: int, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
+    """[N, everything of one image]: a box of one pixel needs no more, and the tensor cores take it as it lies."""
+    del groups  # a group's channels are an offset along the row
+    row = sum((extent - 1) * stride for extent, stride in zip(image.shape[1:], image.stride()[1:], strict=True)) + 1
+    pitch = image.stride(0) if image.shape[0] > 1 else image.shape[1]
+    return TensorDescriptor(image, [image.shape[0], row], [pitch, 1], [box[0], channels])
