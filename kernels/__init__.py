@@ -5,3 +5,24 @@ if __name__ != "tileconv.kernels":
 from tileconv.kernels import hardware
 
 hardware.start_triton()
+
+from tileconv.kernels import functional, tiles  # noqa: E402
+from tileconv.kernels.functional import (  # noqa: E402
+    adaptive_avg_pool2d,
+    conv2d,
+    dropout,
+    linear,
+    max_pool2d,
+    relu,
+)
+
+__all__ = [
+    "adaptive_avg_pool2d",
+    "conv2d",
+    "dropout",
+    "functional",
+    "linear",
+    "max_pool2d",
+    "relu",
+    "tiles",
+]

@@ -211,15 +211,11 @@ class Pool2dProblem:
 
     @cached_property
     def P(self) -> int:
-        return pooled_extent(
-            self.H, self.kernel[0], self.stride[0], self.padding[0], self.dilation[0], self.ceil_mode
-        )
+        return pooled_extent(self.H, self.kernel[0], self.stride[0], self.padding[0], self.dilation[0], self.ceil_mode)
 
     @cached_property
     def Q(self) -> int:
-        return pooled_extent(
-            self.W, self.kernel[1], self.stride[1], self.padding[1], self.dilation[1], self.ceil_mode
-        )
+        return pooled_extent(self.W, self.kernel[1], self.stride[1], self.padding[1], self.dilation[1], self.ceil_mode)
 
     @property
     def taps(self) -> int:

@@ -110,7 +110,9 @@ def check_device(device: torch.device, argument: str) -> None:
     if interpreting():
         return
     if has_gpu():
-        raise ValueError(f"{argument} is on the CPU: move it to the GPU, or set {INTERPRET_VARIABLE}=1 before the import")
+        raise ValueError(
+            f"{argument} is on the CPU: move it to the GPU, or set {INTERPRET_VARIABLE}=1 before the import"
+        )
     if os.environ.get(INTERPRET_VARIABLE) == "0":
         raise RuntimeError(
             f"{argument} is on the CPU, there is no GPU, and {INTERPRET_VARIABLE}=0 refuses Triton's interpreter"

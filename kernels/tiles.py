@@ -165,9 +165,7 @@ def _interpreter_tile(problem: Conv2dProblem, pass_: str, formulation: str) -> C
     return ConvTile(formulation, box, block_k, block_c, flat=flat)
 
 
-def _gpu_wgrad_tile(
-    problem: Conv2dProblem, formulation: str, dtype: torch.dtype, precision: str, gpu: GPU
-) -> ConvTile:
+def _gpu_wgrad_tile(problem: Conv2dProblem, formulation: str, dtype: torch.dtype, precision: str, gpu: GPU) -> ConvTile:
     channels = problem.group_channels * (problem.taps if formulation == "gather" else 1)
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         tile = ConvTile(formulation, (16, 1, 1), 32, 32, 4, 2)

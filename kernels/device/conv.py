@@ -214,9 +214,7 @@ def fprop_gather(
             shift = (r * DIL_H).to(INDEX) * stride_xh + (s * DIL_W).to(INDEX) * stride_xw + c.to(INDEX) * stride_xc
             pixels = tl.load(x_rows[:, None] + shift[None, :], mask=inside, other=0.0)
             column = (TAP_0 + r * TAP_R + s * TAP_S).to(INDEX) * stride_wt + c.to(INDEX) * stride_wc
-            filters = tl.load(
-                w_rows[:, None] + column[None, :], mask=inside_k[:, None] & (r < R)[None, :], other=0.0
-            )
+            filters = tl.load(w_rows[:, None] + column[None, :], mask=inside_k[:, None] & (r < R)[None, :], other=0.0)
             acc = tl.dot(filters, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
     else:
         x_ptrs = x_rows[:, None] + d.to(INDEX)[None, :] * stride_xc

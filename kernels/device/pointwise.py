@@ -12,27 +12,37 @@ def relu_forward(x, y, SIZE, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + i, tl.where(value <= 0, tl.zeros_like(value), value), mask=i < SIZE)
 
 
-# dx = dy where y > 0, else 0.  With PARTIAL also sums[program, k] += dx over this program's rows: the bias gradient in
-# the same pass (6 bytes an fp16 element in all, where masking inside dgrad and wgrad would read y once for every tap).
+# dx = dy where y > 0, else 0: ReLU's gradient from the sign of its output.
 @triton.jit
-def relu_backward_sum(
+def relu_backward(dy, y, dx, SIZE, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.cast(tl.program_id(0), INDEX) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(dy + i, mask=i < SIZE, other=0.0)
+    value = tl.load(y + i, mask=i < SIZE, other=0.0)
+    tl.store(dx + i, tl.where(value > 0, grad, tl.zeros_like(grad)), mask=i < SIZE)
+
+
+# sums[strip, k] = the sum of dy over a strip of pixels, masked by y > 0 and kept as dx with MASK.  One pass makes the
+# masked gradient and the bias gradient: 6 bytes an fp16 element in all, where masking inside dgrad and wgrad would
+# read y again for every tap and put a register pass between the loads and the tensor cores.
+@triton.jit
+def bias_backward(
     dy,
     y,  # None without MASK
-    dx,  # None without MASK
-    sums,  # [programs along the rows, K], or None without PARTIAL
-    HEIGHT,
+    dx,  # in the layout of y; None without MASK
+    sums,  # [strips, K]
+    PIXELS,  # of one image
+    HEIGHT,  # images * PIXELS
     K,
-    stride_gm,
+    stride_gn,
     stride_gk,
-    stride_ym,
+    stride_gi,  # from one pixel to the next
+    stride_yn,
     stride_yk,
-    stride_xm,
-    stride_xk,
+    stride_yi,
+    LOOPS,
     MASK: tl.constexpr,
-    PARTIAL: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
-    LOOPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -42,16 +52,18 @@ def relu_backward_sum(
     total = tl.zeros((COLS,), ACC)
     for loop in tl.range(LOOPS):
         m = tl.cast(strip * LOOPS + loop, INDEX) * ROWS + tl.arange(0, ROWS)
+        n = (m // PIXELS).to(tl.int64)
+        i = (m % PIXELS).to(INDEX)
         inside = (m < HEIGHT)[:, None] & (k < K)[None, :]
-        grad = tl.load(dy + m[:, None] * stride_gm + k.to(INDEX)[None, :] * stride_gk, mask=inside, other=0.0)
+        at = (n * stride_gn + i * stride_gi)[:, None] + k.to(INDEX)[None, :] * stride_gk
+        grad = tl.load(dy + at, mask=inside, other=0.0)
         if MASK:
-            value = tl.load(y + m[:, None] * stride_ym + k.to(INDEX)[None, :] * stride_yk, mask=inside, other=0.0)
+            at = (n * stride_yn + i * stride_yi)[:, None] + k.to(INDEX)[None, :] * stride_yk
+            value = tl.load(y + at, mask=inside, other=0.0)
             grad = tl.where(value > 0, grad, tl.zeros_like(grad))
-            tl.store(dx + m[:, None] * stride_xm + k.to(INDEX)[None, :] * stride_xk, grad, mask=inside)
-        if PARTIAL:
-            total += tl.sum(grad.to(ACC), axis=0)
-    if PARTIAL:
-        tl.store(sums + tl.cast(strip, INDEX) * K + k, total, mask=k < K)
+            tl.store(dx + at, grad, mask=inside)
+        total += tl.sum(grad.to(ACC), axis=0)
+    tl.store(sums + tl.cast(strip, INDEX) * K + k, total, mask=k < K)
 
 
 # out[i] = parts[0, i] + parts[1, i] + ..., always in this order.
@@ -66,9 +78,18 @@ def add_slices(parts, out, SLICES, SIZE, INDEX: tl.constexpr, BLOCK: tl.constexp
 
 # y = x / (1 - p) where kept, else 0.  The mask is Philox(seed, element), made again by the backward pass, never stored.
 @triton.jit
-def dropout(x, y, SIZE, p, scale, seed, offset, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def dropout(
+    x,
+    y,
+    seed,  # pointer to one int64: on the device, so that a CUDA graph draws anew at every replay
+    SIZE,
+    p,
+    scale,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.cast(tl.program_id(0), INDEX) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + i, mask=i < SIZE, other=0.0)
-    kept = tl.rand(seed, offset + i) >= p
+    kept = tl.rand(tl.load(seed), i) >= p
     out = tl.where(kept, value * scale, tl.zeros_like(value))
     tl.store(y + i, out.to(y.dtype.element_ty), mask=i < SIZE)

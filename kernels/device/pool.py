@@ -8,9 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile(
-    program, C, P, Q, HEIGHT, NHWC: tl.constexpr, INDEX: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def _tile(program, C, P, Q, HEIGHT, NHWC: tl.constexpr, INDEX: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     # HEIGHT is the number of rows.  Returns n, c, p, q, each broadcastable to [ROWS, COLS], and which are inside.
     WIDTH = C if NHWC else Q
     blocks = tl.cdiv(WIDTH, COLS)
@@ -60,6 +58,7 @@ def max_forward(
     DIL_H: tl.constexpr,
     DIL_W: tl.constexpr,
     HAS_SWITCH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     UNROLL: tl.constexpr,
     NHWC: tl.constexpr,
     INDEX: tl.constexpr,
@@ -83,6 +82,8 @@ def max_forward(
                 corner, best, won, tap // S, tap % S, h0, w0, H, W, inside, stride_xh, stride_xw, S, DIL_H, DIL_W, INDEX
             )
     out = n * stride_yn + c * stride_yc + p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
+    if ACTIVATION == "relu":
+        best = tl.where(best < 0, tl.zeros_like(best), best)
     tl.store(y + out, best, mask=inside)
     if HAS_SWITCH:
         tl.store(switch + out, won.to(switch.dtype.element_ty), mask=inside)

@@ -16,6 +16,7 @@ from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
 from tileconv.kernels.launch.pointwise import plan_add_slices
 
+
 def plan_fprop(
     problem: Conv2dProblem,
     x: torch.Tensor,

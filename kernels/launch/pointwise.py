@@ -16,10 +16,15 @@ def plan_relu(x: torch.Tensor, y: torch.Tensor, *, gpu: GPU) -> Launch:
     return _flat(device.relu_forward, {"x": x, "y": y}, x.numel(), x, gpu)
 
 
-def plan_dropout(x: torch.Tensor, y: torch.Tensor, p: float, seed: int, offset: int, *, gpu: GPU) -> Launch:
-    """The launch that writes y = x / (1 - p) where Philox(seed, offset + element) keeps it, else 0."""
+def plan_relu_backward(dy: torch.Tensor, y: torch.Tensor, dx: torch.Tensor, *, gpu: GPU) -> Launch:
+    """The launch that writes dx = dy where y > 0, else 0; vectors laid out alike."""
+    return _flat(device.relu_backward, {"dy": dy, "y": y, "dx": dx}, dy.numel(), dy, gpu)
+
+
+def plan_dropout(x: torch.Tensor, y: torch.Tensor, seed: torch.Tensor, p: float, *, gpu: GPU) -> Launch:
+    """The launch that writes y = x / (1 - p) where Philox(seed, element) keeps it, else 0; vectors laid out alike."""
     scale = 1.0 / (1.0 - p) if p < 1 else 0.0
-    arguments = {"x": x, "y": y, "p": float(p), "scale": float(scale), "seed": seed, "offset": offset}
+    arguments = {"x": x, "y": y, "seed": seed, "p": float(p), "scale": scale}
     return _flat(device.dropout, arguments, x.numel(), x, gpu)
 
 
@@ -28,27 +33,40 @@ def plan_add_slices(parts: torch.Tensor, out: torch.Tensor, *, gpu: GPU) -> Laun
     return _flat(device.add_slices, {"parts": parts, "out": out, "SLICES": parts.shape[0]}, out.numel(), out, gpu)
 
 
-def plan_relu_backward_sum(
-    dy: torch.Tensor, y: torch.Tensor | None, dx: torch.Tensor | None, sums: torch.Tensor | None, loops: int, rows: int,
-    *, gpu: GPU,
-) -> Launch:  # fmt: skip
-    """The launch on [M, K] views that masks dy by y > 0 into dx (if given) and sums it over strips of rows into sums.
-
-    A strip is `loops * rows` rows; sums is [strips, K].
-    """
-    height, width = dy.shape
-    tile = tiles.choose_elementwise(height, width, dy.dtype, gpu)
+def plan_bias_backward(
+    dy: torch.Tensor, y: torch.Tensor | None, dx: torch.Tensor | None, sums: torch.Tensor, *, gpu: GPU
+) -> list[Launch]:
+    """The launches that write sums [K] from dy [N, K, P, Q], masked by y > 0 into dx (laid out like y) if given."""
+    images, width, pixels = dy.shape[0], dy.shape[1], dy.shape[2] * dy.shape[3]
+    dy = rows_in_line(dy)
+    tile = tiles.choose_elementwise(images * pixels, width, dy.dtype, gpu)
+    strips = min(triton.cdiv(images * pixels, tile.rows), 2 * gpu.sms)
+    loops = triton.cdiv(images * pixels, tile.rows * strips)
+    dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    parts = torch.empty((strips, width), dtype=dtype, device=dy.device)
     arguments = {
-        "dy": dy, "y": y, "dx": dx, "sums": sums, "HEIGHT": height, "K": width,
-        "stride_gm": dy.stride(0), "stride_gk": dy.stride(1),
-        "stride_ym": 0 if y is None else y.stride(0), "stride_yk": 0 if y is None else y.stride(1),
-        "stride_xm": 0 if dx is None else dx.stride(0), "stride_xk": 0 if dx is None else dx.stride(1),
-        "MASK": y is not None, "PARTIAL": sums is not None, "ACC": accumulator(dy.dtype),
-        "INDEX": index_type(*(t for t in (dy, y, dx) if t is not None)),
-        "LOOPS": loops, "ROWS": rows, "COLS": tile.cols,
+        "dy": dy, "y": y, "dx": dx, "sums": parts, "PIXELS": pixels, "HEIGHT": images * pixels, "K": width,
+        "stride_gn": dy.stride(0), "stride_gk": dy.stride(1), "stride_gi": _pixel_stride(dy),
+        "stride_yn": 0 if y is None else y.stride(0), "stride_yk": 0 if y is None else y.stride(1),
+        "stride_yi": 0 if y is None else _pixel_stride(y), "LOOPS": loops, "MASK": y is not None,
+        "ACC": accumulator(dy.dtype), "INDEX": index_type(*(t for t in (dy, y) if t is not None)),
+        "ROWS": tile.rows, "COLS": tile.cols,
     }  # fmt: skip
-    programs = triton.cdiv(height, rows * loops) * triton.cdiv(width, tile.cols)
-    return Launch(device.relu_backward_sum, (programs,), arguments, tile.num_warps, 1, f"{rows}x{tile.cols}*{loops}")
+    programs = strips * triton.cdiv(width, tile.cols)
+    name = f"{tile.rows}x{tile.cols}*{loops}"
+    first = Launch(device.bias_backward, (programs,), arguments, tile.num_warps, 1, name)
+    return [first, plan_add_slices(parts, sums, gpu=gpu)]
+
+
+def rows_in_line(image: torch.Tensor) -> torch.Tensor:
+    """`image` [N, C, H, W], copied unless one stride leads from any pixel to the next, across rows too."""
+    if image.shape[2] == 1 or image.shape[3] == 1 or image.stride(2) == image.shape[3] * image.stride(3):
+        return image
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def _pixel_stride(image: torch.Tensor) -> int:
+    return image.stride(3) if image.shape[3] > 1 else image.stride(2)
 
 
 def _flat(kernel: object, arguments: dict[str, object], size: int, like: torch.Tensor, gpu: GPU) -> Launch:

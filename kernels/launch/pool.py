@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from tileconv.kernels import tiles
 from tileconv.kernels.device import pool as device
@@ -21,12 +20,14 @@ def switch_dtype(problem: Pool2dProblem) -> torch.dtype:
 
 
 def plan_max_forward(
-    problem: Pool2dProblem, x: torch.Tensor, y: torch.Tensor, switch: torch.Tensor | None, *, gpu: GPU
-) -> Launch:
-    """The launch that writes y and, if given, switch (laid out like y) from x."""
+    problem: Pool2dProblem, x: torch.Tensor, y: torch.Tensor, switch: torch.Tensor | None, *, gpu: GPU,
+    activation: str | None = None,
+) -> Launch:  # fmt: skip
+    """The launch that writes y and, if given, switch (laid out like y) from x; activation "relu" cuts y at zero."""
     arguments = {
         "x": x, "y": y, "switch": switch, **_extents(problem), **strides("x", x, "nchw"), **strides("y", y, "ncpq"),
-        **_window(problem), "HAS_SWITCH": switch is not None, "UNROLL": problem.taps <= 25 and not gpu.interprets,
+        **_window(problem), "HAS_SWITCH": switch is not None, "ACTIVATION": activation,
+        "UNROLL": problem.taps <= 25 and not gpu.interprets,
     }  # fmt: skip
     return _tiled(device.max_forward, arguments, y, problem.y_shape, gpu, [x, y])
 
@@ -42,7 +43,13 @@ def plan_switch_to_index(problem: Pool2dProblem, switch: torch.Tensor, index: to
 
 
 def plan_max_backward(
-    problem: Pool2dProblem, dy: torch.Tensor, switch: torch.Tensor, y: torch.Tensor | None, dx: torch.Tensor, *, gpu: GPU
+    problem: Pool2dProblem,
+    dy: torch.Tensor,
+    switch: torch.Tensor,
+    y: torch.Tensor | None,
+    dx: torch.Tensor,
+    *,
+    gpu: GPU,
 ) -> Launch:
     """The launch that writes dx from dy; with y (laid out like switch), only windows with y > 0 pass a gradient on."""
     arguments = {
@@ -86,7 +93,12 @@ def _window(problem: Pool2dProblem) -> dict[str, Any]:
 
 
 def _tiled(
-    kernel: Any, arguments: dict[str, Any], out: torch.Tensor, shape: tuple[int, ...], gpu: GPU, images: list[torch.Tensor]
+    kernel: Any,
+    arguments: dict[str, Any],
+    out: torch.Tensor,
+    shape: tuple[int, ...],
+    gpu: GPU,
+    images: list[torch.Tensor],
 ) -> Launch:
     """Rows and columns of outputs, the columns along the axis that is contiguous in `out`."""
     count, channels, rows, columns = shape
