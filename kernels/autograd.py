@@ -19,13 +19,7 @@ Gradients = tuple[torch.Tensor | None, ...]
 
 
 class _Function(torch.autograd.Function):
-    generate_vmap_rule = True  # the ops have batching rules of their own
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "tileconv has no forward-mode derivatives: use reverse mode (backward, torch.func.grad, torch.func.vjp)"
-        )
+    generate_vmap_rule = True  # the ops have batching rules of their own; without jvp, forward mode raises
 
 
 def _door(function: type[_Function], op: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +30,7 @@ def _door(function: type[_Function], op: Callable[..., Any]) -> Callable[..., An
         seen = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
         if not seen and torch.is_grad_enabled():
             seen = any(isinstance(value, torch.Tensor) and value.requires_grad for value in arguments)
-        return function.apply(*arguments) if seen else op(*arguments)
+        return function.apply(*arguments) if seen else op(*arguments)  # type: ignore[no-untyped-call]
 
     return call
 
@@ -66,7 +60,7 @@ class _Conv2d(_Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         input, weight, output = ctx.saved_tensors
         to_input = to_weight = to_bias = None
         if ctx.needs_input_grad[2]:
@@ -91,7 +85,7 @@ class _Dgrad(_Function):
         ctx.save_for_backward(grad, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:
         grad, weight = ctx.saved_tensors
         to_grad = to_weight = None
         if ctx.needs_input_grad[0]:
@@ -112,7 +106,7 @@ class _Wgrad(_Function):
         ctx.save_for_backward(grad, input)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:
         grad, input = ctx.saved_tensors
         to_grad = to_input = None
         if ctx.needs_input_grad[0]:
@@ -132,7 +126,7 @@ class _BiasGrad(_Function):
         ctx.shape = inputs[0].shape
 
     @staticmethod
-    def backward(ctx: Any, to_bias: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, to_bias: torch.Tensor) -> Gradients:
         return (to_bias[:, None, None].expand(ctx.shape),)
 
 
@@ -146,7 +140,7 @@ class _ReluBiasGrad(_Function):
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, to_masked: torch.Tensor, to_bias: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, to_masked: torch.Tensor, to_bias: torch.Tensor) -> Gradients:
         return relu_backward(to_masked + to_bias[:, None, None], ctx.saved_tensors[0]), None
 
 
@@ -163,7 +157,7 @@ class _Relu(_Function):
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         return (relu_backward(grad, ctx.saved_tensors[0]),)
 
 
@@ -177,7 +171,7 @@ class _ReluBackward(_Function):
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:
         return relu_backward(grad_grad, ctx.saved_tensors[0]), None
 
 
@@ -193,7 +187,7 @@ class _Dropout(_Function):
         ctx.save_for_backward(seed)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         if grad.stride() != ctx.strides:  # the mask counts elements as they lay in the forward pass
             grad = torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
         return _then_nones(dropout(grad, ctx.saved_tensors[0], ctx.p), count=2)
@@ -215,7 +209,7 @@ class _MaxPool2d(_Function):
         ctx.save_for_backward(output[1], output[0] if activation else None)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Gradients:
         switch, output = ctx.saved_tensors
         grad_input = max_pool2d_backward(grad, switch, output, ctx.shape, *ctx.window, ctx.channels_last)
         return _then_nones(grad_input, count=8)
@@ -232,7 +226,7 @@ class _MaxPool2dBackward(_Function):
         ctx.save_for_backward(switch, pooled)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:
         switch, pooled = ctx.saved_tensors
         indices = OPS.max_pool2d_indices(switch, ctx.shape, *ctx.window)
         picked = grad_grad.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
@@ -249,7 +243,7 @@ class _AdaptiveAvgPool2d(_Function):
         ctx.shape, ctx.channels_last = inputs[0].shape, inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         return _then_nones(adaptive_avg_pool2d_backward(grad, ctx.shape, ctx.channels_last), count=2)
 
 
@@ -263,7 +257,7 @@ class _AdaptiveAvgPool2dBackward(_Function):
         ctx.output_size, ctx.channels_last = inputs[0].shape[2:], inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:
         return _then_nones(adaptive_avg_pool2d(grad_grad, ctx.output_size, ctx.channels_last), count=2)
 
 

@@ -48,9 +48,9 @@ def conv2d(
     dilation = checks.pair("dilation", dilation, 1)
     edges = _conv_padding(padding, weight.shape[2:], stride, dilation)
     ops.conv2d_problem(batched.shape, weight.shape, stride, edges, dilation, groups)  # raises if nothing is left
-    output = autograd.conv2d(
+    output: torch.Tensor = autograd.conv2d(
         batched, weight, bias, stride, edges, dilation, groups, activation,
-        _precision(precision, batched, torch.backends.cudnn.conv),
+        _precision(precision, batched, "conv"),
         layout.is_channels_last(batched) or layout.is_channels_last(weight),
     )  # fmt: skip
     return output if input.dim() == 4 else output.squeeze(0)
@@ -81,9 +81,9 @@ def linear(
     if bias is not None:
         checks.vector("bias", bias, input, weight.shape[0])
     rows = input.reshape(-1, input.shape[-1])
-    output = autograd.conv2d(
+    output: torch.Tensor = autograd.conv2d(
         rows[:, :, None, None], weight[:, :, None, None], bias, (1, 1), (0, 0, 0, 0), (1, 1), 1, activation,
-        _precision(precision, input, torch.backends.cuda.matmul), False,
+        _precision(precision, input, "matmul"), False,
     )  # fmt: skip
     return output.reshape(*input.shape[:-1], weight.shape[0])
 
@@ -116,12 +116,13 @@ def max_pool2d(
         checks.pair("dilation", dilation, 1),
         bool(ceil_mode),
     )
-    geometry.Pool2dProblem(*_extents(batched), *window)  # raises if the padding is too large or nothing is left
+    ops.pool2d_problem(batched.shape, *window)  # raises if the padding is too large or nothing is left
     with_switch = return_indices or (torch.is_grad_enabled() and batched.requires_grad)
+    output: torch.Tensor
     output, switch = autograd.max_pool2d(batched, *window, activation, with_switch, layout.is_channels_last(batched))
     output = output if input.dim() == 4 else output.squeeze(0)
     if not return_indices:
-        return output  # type: ignore[no-any-return]
+        return output
     indices = ops.OPS.max_pool2d_indices(switch, batched.shape, *window)
     return output, indices if input.dim() == 4 else indices.squeeze(0)
 
@@ -139,15 +140,15 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: int | Sequence[int | N
         extent if want is None else checks.integer("output_size", want, 1)
         for want, extent in zip(wanted, batched.shape[2:], strict=True)
     )
-    output = autograd.adaptive_avg_pool2d(batched, size, layout.is_channels_last(batched))
-    return output if input.dim() == 4 else output.squeeze(0)  # type: ignore[no-any-return]
+    output: torch.Tensor = autograd.adaptive_avg_pool2d(batched, size, layout.is_channels_last(batched))
+    return output if input.dim() == 4 else output.squeeze(0)
 
 
 def relu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     """max(input, 0), keeping NaN, for a tensor of any shape."""
     checks.tensor("input", input)
-    output = autograd.relu(input)
-    return input.copy_(output) if inplace else output  # type: ignore[no-any-return]
+    output: torch.Tensor = autograd.relu(input)
+    return input.copy_(output) if inplace else output
 
 
 def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -161,13 +162,8 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace:
     if not training:
         return input
     seed = torch.randint(0, 1 << 62, (1,), device=input.device)
-    output = autograd.dropout(input, seed, p)
-    return input.copy_(output) if inplace else output  # type: ignore[no-any-return]
-
-
-def _extents(image: torch.Tensor) -> tuple[int, int, int, int]:
-    n, c, h, w = image.shape
-    return n, c, h, w
+    output: torch.Tensor = autograd.dropout(input, seed, p)
+    return input.copy_(output) if inplace else output
 
 
 def _conv_padding(
@@ -185,14 +181,16 @@ def _conv_padding(
     return *geometry.same_padding(window[0], dilation[0]), *geometry.same_padding(window[1], dilation[1])
 
 
-def _precision(wanted: str | None, input: torch.Tensor, backend: Any) -> str:
+def _precision(wanted: str | None, input: torch.Tensor, operation: str) -> str:
     if wanted is not None:
         checks.choice("precision", wanted, checks.PRECISIONS)
         return wanted
     if input.dtype != torch.float32 or input.device.type != "cuda":
         return "ieee"
-    levels = (backend, torch.backends.cudnn if backend is torch.backends.cudnn.conv else backend, torch.backends)
-    said = next((level.fp32_precision for level in levels if level.fp32_precision != "none"), "ieee")
+    backends: Any = torch.backends
+    own = (backends.cudnn.conv, backends.cudnn) if operation == "conv" else (backends.cuda.matmul,)
+    # A level that says "none" leaves it to the next one.
+    said = next((level.fp32_precision for level in (*own, backends) if level.fp32_precision != "none"), "ieee")
     return "tf32" if said == "tf32" else "ieee"
 
 

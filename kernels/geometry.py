@@ -76,11 +76,11 @@ class Conv2dProblem:
                 f"padding {self.padding} and dilation {self.dilation} leaves an output of {self.P}x{self.Q}"
             )
 
-    @cached_property
+    @property
     def P(self) -> int:
         return output_extent(self.H, self.R, self.stride[0], *self.padding[0], self.dilation[0])
 
-    @cached_property
+    @property
     def Q(self) -> int:
         return output_extent(self.W, self.S, self.stride[1], *self.padding[1], self.dilation[1])
 
@@ -165,7 +165,7 @@ class DgradPart:
 
 
 def _residue(extent: int, outputs: int, window: int, stride: int, padding: Pair, dilation: int, offset: int) -> Residue:
-    """Which taps r reach input pixels h = stride * u + offset, and from where: p = (h + padding - r * dilation) / stride.
+    """Which taps r reach input pixels h = stride * u + offset, where p = (h + padding - r * dilation) / stride.
 
     They solve r * dilation = offset + padding (mod stride), so they lie stride / gcd(stride, dilation) apart, and
     p = u + base - j * dilation / gcd for the j-th of them: flipped, that is a convolution over u.
@@ -209,11 +209,11 @@ class Pool2dProblem:
                 f"padding={self.padding}, dilation={self.dilation} leave an output of {self.P}x{self.Q}"
             )
 
-    @cached_property
+    @property
     def P(self) -> int:
         return pooled_extent(self.H, self.kernel[0], self.stride[0], self.padding[0], self.dilation[0], self.ceil_mode)
 
-    @cached_property
+    @property
     def Q(self) -> int:
         return pooled_extent(self.W, self.kernel[1], self.stride[1], self.padding[1], self.dilation[1], self.ceil_mode)
 

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 INTERPRET_VARIABLE = "TILECONV_INTERPRET"
+_interprets = False
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,12 @@ def start_triton() -> None:
         warnings.warn(
             f"tileconv runs in Triton's interpreter: slow, on the CPU ({INTERPRET_VARIABLE}=0 refuses it)", stacklevel=3
         )
-    import triton.language  # noqa: F401
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
 
-    if interpreting():
+    global _interprets
+    _interprets = isinstance(tl.cdiv, InterpretedFunction)  # Triton's own functions tell how it was imported
+    if _interprets:
         from tileconv.kernels import interpreter
 
         interpreter.repair()
@@ -90,13 +94,9 @@ def _interpreter_asked_for() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-@cache
 def interpreting() -> bool:
-    """Whether Triton was imported as an interpreter: its own functions tell, whatever the environment says by now."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-
-    return isinstance(tl.cdiv, InterpretedFunction)
+    """Whether Triton was imported as an interpreter, whatever the environment says by now."""
+    return _interprets
 
 
 def check_device(device: torch.device, argument: str) -> None:

@@ -5,6 +5,7 @@ Arguments are already checked and complete here; functional.py is the door for p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,19 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     LIBRARY.impl(name, run, "CPU")
     LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"tileconv::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"tileconv::{name}", functools.partial(_batched, getattr(OPS, name)), lib=LIBRARY)
+
+
+def _batched(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """vmap's rule for every op: one call a sample.  What a batch has in common, an op's own N axis already batches."""
+    columns = [
+        argument.unbind(dim) if isinstance(dim, int) else [argument] * info.batch_size
+        for argument, dim in zip(arguments, in_dims, strict=True)
+    ]
+    results = [op(*sample) for sample in zip(*columns, strict=True)]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
 
 def conv2d_problem(
@@ -43,9 +57,10 @@ def conv2d_problem(
     )  # fmt: skip
 
 
-def _pool2d_problem(
+def pool2d_problem(
     shape: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
 ) -> Pool2dProblem:
+    """The problem of a call."""
     n, c, h, w = shape
     pairs = [(pair[0], pair[1]) for pair in (kernel, stride, padding, dilation)]
     return Pool2dProblem(n, c, h, w, pairs[0], pairs[1], pairs[2], pairs[3], ceil_mode)
@@ -212,7 +227,7 @@ def _max_pool_fake(
     input: torch.Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool,
     activation: str | None, with_switch: bool, channels_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    problem = _pool2d_problem(input.shape, kernel, stride, padding, dilation, ceil_mode)
+    problem = pool2d_problem(input.shape, kernel, stride, padding, dilation, ceil_mode)
     output = layout.empty_image(problem.y_shape, input, channels_last)
     dtype = launch_pool.switch_dtype(problem)
     return output, torch.empty_like(output, dtype=dtype) if with_switch else input.new_empty(0, dtype=dtype)
@@ -222,7 +237,7 @@ def _max_pool(
     input: torch.Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool,
     activation: str | None, with_switch: bool, channels_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    problem = _pool2d_problem(input.shape, kernel, stride, padding, dilation, ceil_mode)
+    problem = pool2d_problem(input.shape, kernel, stride, padding, dilation, ceil_mode)
     output, switch = _max_pool_fake(
         input, kernel, stride, padding, dilation, ceil_mode, activation, with_switch, channels_last
     )
@@ -237,7 +252,7 @@ def _max_pool(
 def _max_pool_indices(
     switch: torch.Tensor, input_shape: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
 ) -> torch.Tensor:
-    problem = _pool2d_problem(input_shape, kernel, stride, padding, dilation, ceil_mode)
+    problem = pool2d_problem(input_shape, kernel, stride, padding, dilation, ceil_mode)
     indices = torch.empty_like(switch, dtype=torch.int64)
     if indices.numel():
         launch_pool.plan_switch_to_index(problem, switch, indices, gpu=hardware.gpu_of(switch.device)).run()
@@ -248,7 +263,7 @@ def _max_pool_backward(
     grad: torch.Tensor, switch: torch.Tensor, output: torch.Tensor | None, input_shape: Ints, kernel: Ints,
     stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool, channels_last: bool,
 ) -> torch.Tensor:  # fmt: skip
-    problem = _pool2d_problem(input_shape, kernel, stride, padding, dilation, ceil_mode)
+    problem = pool2d_problem(input_shape, kernel, stride, padding, dilation, ceil_mode)
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
         mask = None if output is None else layout.laid_out_like(output, switch)

@@ -1,0 +1,1 @@
+"""Checks, inspections, measurements and the reports made from them; the command line is cli.py."""

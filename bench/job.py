@@ -1,0 +1,108 @@
+"""The main job: check, inspect, on a GPU also measure; then write the record and render the report from it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from . import environment
+from .cases import cases
+from .check import checks
+from .inspect import inspect_all
+from .records import Check, Inspection, Record, Timing, from_data, save
+from .report import render_report
+from .timing import Timer
+from .workers import Progress
+
+CHECKED = ("fp32", "fp16", "bf16")
+INSPECTED = ("sm_90", "sm_80")
+MEASURED = ("fp16", "bf16", "tf32")
+BATCH_ON_GPU = 128
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do. `batch` is that of the checks; inspection and timing use the batch a GPU is for."""
+
+    batch: int = 2
+    jobs: int = 2
+    check_dtypes: Sequence[str] = CHECKED
+    archs: Sequence[str] = INSPECTED
+    inspect_batch: int = BATCH_ON_GPU
+
+    @property
+    def command(self) -> str:
+        """The command that runs this job; it names no path, because a record holds none."""
+        return f"tileconv bench --batch {self.batch} --jobs {self.jobs}"
+
+
+def require_writable(out: Path) -> None:
+    """Raise ValueError unless the report can be written under `out`: said before hours of measuring, not after."""
+    for folder in (out, out / "data", out / "figures"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".write-probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"out={str(out)!r} is not a directory that can be written: {error.strerror}") from None
+
+
+def run_job(
+    job: Job, out: Path, progress: Callable[[str], Progress], timer: Timer | None = None
+) -> tuple[Record, list[Path]]:
+    """Run everything and write it under `out`; returns the record and the report's paths, the page first.
+
+    `progress(step)` gives the callback of a step. `timer` stands in for CUDA events in tests.
+    """
+    if job.batch < 2:
+        raise ValueError(f"batch={job.batch} must be at least 2: with one image, mixed-up images would go unseen")
+    require_writable(out)
+    started = datetime.now(UTC)
+    clock = time.monotonic()
+    device = environment.device()
+    check_rows = checks(job.batch, job.check_dtypes, jobs=job.jobs, progress=progress("check"))
+    todo = cases("alexnet", job.inspect_batch)
+    inspect_rows = inspect_all(todo, job.archs, jobs=job.jobs, progress=progress("inspect"))
+    timings: list[Timing] = []
+    if device.kind == "cuda":
+        from .providers import timings as measure
+        from .timing import CudaTimer
+
+        measured = cases("alexnet", job.inspect_batch, MEASURED)
+        timings = measure(measured, timer or CudaTimer(), progress=progress("measure"))
+    record = Record(
+        device=device,
+        versions=environment.versions(),
+        commit=environment.commit(),
+        started=started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        seconds=round(time.monotonic() - clock, 1),
+        machine=environment.machine(),
+        command=job.command,
+        checks=_rows(Check, check_rows),
+        inspections=_rows(Inspection, inspect_rows),
+        timings=tuple(timings),
+    )
+    data = out / "data" / f"{device.slug}.json"
+    save(record, data)
+    return record, [*render_report(record, out), data]
+
+
+def _rows(cls: type[Any], rows: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+    """Worker output, validated as strictly as a file."""
+    return tuple(from_data(cls, row, f"{cls.__name__.lower()}[{i}]") for i, row in enumerate(rows))
+
+
+def failures(record: Record) -> list[str]:
+    """What makes the command end with an error: wrong results, and launches that do not compile."""
+    wrong = [f"{c.case}: {c.note or 'outside its budget'}" for c in record.checks if not c.passed]
+    lost = [f"{i.layer} {i.arch}: {i.failure}" for i in record.inspections if i.failure is not None]
+    untimed = [
+        f"{t.layer} {t.dtype} {t.l2}: {t.note}" for t in record.timings if t.provider == "tileconv" and not t.passed
+    ]
+    return [*wrong, *lost, *untimed]

@@ -1,0 +1,1 @@
+"""Networks on tileconv's kernels, and the photographs to run them on."""

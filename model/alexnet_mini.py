@@ -1,0 +1,51 @@
+"""AlexNet's shape, small enough to train on small pictures and without a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tileconv.model.alexnet import AlexNet
+
+
+class AlexNetMini(AlexNet):
+    """Input [N, channels, H, W] with H and W of at least 23 (made for 28 to 64), output [N, num_classes].
+
+    AlexNet's five convolutions, three overlapping max-pools (3x3, stride 2) and three fully connected layers with
+    dropout, under the same state_dict keys. The first convolution is 5x5 with stride 1, not 11x11 with stride 4, which
+    would leave nothing of 28 pixels; widths are 32-64-96-64-64 and 256. A 28x28 picture is 13, 6 and 2 pixels high
+    after the pools. Larger ones are averaged to 2x2 before the fully connected layers.
+    """
+
+    def __init__(self, num_classes: int = 10, channels: int = 1, dropout: float = 0.5) -> None:
+        nn.Module.__init__(self)  # not AlexNet's: that would draw its 61 million weights
+        # The places of the layers are AlexNet's, so its forward() and its reference run this network too.
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 32, kernel_size=5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=3, stride=2),
+            nn.Conv2d(32, 64, kernel_size=5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=3, stride=2),
+            nn.Conv2d(64, 96, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(96, 64, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=3, stride=2),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d((2, 2))
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(64 * 2 * 2, 256),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(256, 256),
+            nn.ReLU(),
+            nn.Linear(256, num_classes),
+        )
+        self.reset_parameters()
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                module.weight = nn.Parameter(module.weight.detach().to(memory_format=torch.channels_last))

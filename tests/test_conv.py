@@ -1,0 +1,223 @@
+"""Every formulation of every pass against float64, on odd sizes; then the memory formats and the numbers' edges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tileconv.kernels as tk
+from tileconv.kernels import reference, tiles
+
+CHANNELS_LAST = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    x: tuple[int, int, int, int]
+    w: tuple[int, int, int, int]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    formulations: tuple[str, ...] = tiles.FORMULATIONS  # what fprop can run as, besides gather
+
+
+CASES = [
+    Case("3x3", (3, 40, 5, 6), (24, 40, 3, 3), {"padding": 1}),
+    Case("1x1", (2, 24, 3, 5), (40, 24, 1, 1)),
+    Case("even kernel, uneven padding", (2, 16, 4, 5), (16, 16, 2, 4), {"padding": "same"}),
+    Case("dilated beyond the image", (2, 16, 5, 4), (16, 16, 3, 3), {"padding": 3, "dilation": 3}),
+    Case("no padding, more images than a tile", (17, 16, 4, 3), (16, 16, 3, 2)),
+    Case("strided", (2, 16, 7, 6), (16, 16, 3, 3), {"stride": 2, "padding": 1}, ("pixel", "gather")),
+    Case("stride and dilation share a factor", (2, 8, 9, 8), (8, 8, 3, 2), {"stride": (4, 3), "dilation": (2, 3),
+         "padding": (2, 1)}, ("pixel", "gather")),
+    Case("stride skips pixels", (1, 16, 8, 7), (16, 16, 1, 2), {"stride": 3}, ("pixel", "gather")),
+    Case("grouped", (2, 48, 4, 3), (32, 24, 3, 3), {"padding": 1, "groups": 2}),
+    Case("grouped by odd channels", (2, 15, 5, 5), (9, 5, 3, 3), {"padding": 1, "groups": 3}, ("gather",)),
+    Case("depthwise", (2, 6, 5, 5), (12, 1, 3, 3), {"padding": 1, "groups": 6}, ("gather",)),
+    Case("first layer", (2, 3, 19, 17), (16, 3, 7, 7), {"stride": 4, "padding": 2}, ("gather",)),
+    Case("channels just beyond a tile", (1, 17, 4, 4), (33, 17, 3, 3), {"padding": 1}, ("gather",)),
+    Case("one pixel, batch 1", (1, 16, 1, 1), (8, 16, 3, 3), {"padding": 1}),
+]  # fmt: skip
+RUNS = [pytest.param(case, formulation, id=f"{case.name}-{formulation}")
+        for case in CASES for formulation in case.formulations]  # fmt: skip
+
+
+def operands(case: Case, dtype: torch.dtype, memory_format: Any = CHANNELS_LAST) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(case.x).to(dtype).contiguous(memory_format=memory_format)
+    w = (torch.randn(case.w) / case.w[1] ** 0.5).to(dtype).contiguous(memory_format=memory_format)
+    return x, w, torch.randn(case.w[0]).to(dtype)
+
+
+def run(conv: Any, x: Tensor, w: Tensor, b: Tensor, dy: Tensor | None) -> list[Tensor]:
+    """The output and the three gradients."""
+    leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+    y = conv(*leaves)
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y) if dy is None else dy.to(y.dtype))
+    return [y.detach(), *grads]
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
+    for name, our, their, want in zip(("y", "dx", "dw", "db"), ours, theirs, exact, strict=False):
+        assert our.dtype == their.dtype, name
+        error, allowed = reference.error(our, want), reference.allowed_error(want, their)
+        assert error <= allowed, f"{name}: error {error:.3g} is over the allowed {allowed:.3g}"
+
+
+def relu_conv(**arguments: Any) -> Any:
+    return lambda x, w, b: F.relu(F.conv2d(x, w, b, **arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(("case", "formulation"), RUNS)
+def test_formulations_against_float64(case: Case, formulation: str, dtype: torch.dtype) -> None:
+    x, w, b = operands(case, dtype)
+    dy = torch.randn(F.conv2d(x, w, b, **case.arguments).shape).to(dtype)
+    exact = run(relu_conv(**case.arguments), x.double(), w.double(), b.double(), dy)
+    theirs = run(relu_conv(**case.arguments), x, w, b, dy)
+    with tiles.override(formulation=formulation):
+        y = tk.conv2d(x, w, b, **case.arguments, activation="relu")
+    assert y.is_contiguous(memory_format=CHANNELS_LAST)
+    assert_close([y], theirs[:1], exact[:1])
+    if formulation == "box" and case.arguments.get("stride", 1) != 1:
+        return
+    with tiles.override(formulation=formulation):
+        ours = run(lambda *t: tk.conv2d(*t, **case.arguments, activation="relu"), x, w, b, dy)
+    # The mask of a rounded output may differ from the exact one where it rounds to zero: hold it to our own output.
+    masked = dy.double() * (ours[0] > 0)
+    exact[1:] = run(lambda *t: F.conv2d(*t, **case.arguments), x.double(), w.double(), b.double(), masked)[1:]
+    assert_close(ours, theirs, exact)
+
+
+OTHER_DTYPES = pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[8], CASES[11]], ids=lambda case: case.name)
+
+
+@OTHER_DTYPES
+def test_bf16_against_float64(case: Case) -> None:
+    x, w, b = operands(case, torch.bfloat16)
+    dy = torch.randn(F.conv2d(x, w, b, **case.arguments).shape).bfloat16()
+    exact = run(lambda *t: F.conv2d(*t, **case.arguments), x.double(), w.double(), b.double(), dy)
+    theirs = run(lambda *t: F.conv2d(*t, **case.arguments), x, w, b, dy)
+    assert_close(run(lambda *t: tk.conv2d(*t, **case.arguments), x, w, b, dy), theirs, exact)
+
+
+@OTHER_DTYPES
+def test_fp64_to_its_own_rounding(case: Case) -> None:
+    x, w, b = operands(case, torch.float64)
+    dy = torch.randn(F.conv2d(x, w, b, **case.arguments).shape)
+    exact = run(lambda *t: F.conv2d(*t, **case.arguments), x, w, b, dy)
+    ours = run(lambda *t: tk.conv2d(*t, **case.arguments), x, w, b, dy)
+    for got, want in zip(ours, exact, strict=True):
+        assert reference.error(got, want) <= 1e-14 * want.abs().max().item()
+
+
+def test_tf32_rounds_operands_to_ten_bits() -> None:
+    x, w, b = operands(CASES[0], torch.float32)
+    exact = F.conv2d(x.double(), w.double(), b.double(), padding=1)
+    ieee, tf32 = (reference.error(tk.conv2d(x, w, b, padding=1, precision=p), exact) for p in ("ieee", "tf32"))
+    scale = exact.abs().max().item()
+    assert ieee < 1e-6 * scale
+    assert 1e-5 * scale < tf32 < 1e-3 * scale
+
+
+def test_splits_add_up_to_the_same_gradient() -> None:
+    case = CASES[4]
+    x, w, b = operands(case, torch.float32)
+    dy = torch.randn(F.conv2d(x, w, b).shape)
+    exact = run(F.conv2d, x.double(), w.double(), b.double(), dy)
+    for formulation in tiles.FORMULATIONS:
+        for splits in (2, 7):
+            # splits belong to wgrad alone; the forward pass would refuse nothing, it ignores them
+            with tiles.override(formulation=formulation, splits=splits, box=(16, 1, 1)):
+                dw = torch.ops.tileconv.conv2d_wgrad(dy, x, w.shape, (1, 1), (0, 0, 0, 0), (1, 1), 1, "ieee")
+            assert reference.error(dw, exact[2]) <= 1e-5 * exact[2].abs().max().item()
+
+
+@pytest.mark.parametrize("formulation", tiles.FORMULATIONS)
+def test_small_tiles_make_the_same_numbers_as_large_ones(formulation: str) -> None:
+    x, w, b = operands(Case("", (5, 40, 6, 7), (56, 40, 3, 3)), torch.float32)
+    exact = F.conv2d(x.double(), w.double(), b.double(), padding=1)
+    box = (2, 4, 2) if formulation == "box" else (16, 1, 1)
+    with tiles.override(formulation=formulation, box=box, block_k=32, block_c=16):
+        y = tk.conv2d(x, w, b, padding=1)
+    assert reference.error(y, exact) <= 1e-5 * exact.abs().max().item()
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=CHANNELS_LAST),
+    "sliced channels": lambda t: torch.cat([t, t], 1).contiguous(memory_format=CHANNELS_LAST)[:, : t.shape[1]],
+    "misaligned channels": lambda t: torch.cat([t, t], 1).contiguous(memory_format=CHANNELS_LAST)[
+        :, 1 : t.shape[1] + 1
+    ],
+    "every other row": lambda t: t.repeat_interleave(2, 2)[:, :, ::2],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("formulation", ["box", "gather"])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_views_give_torchs_numbers_and_memory_format(kind: str, formulation: str) -> None:
+    x, w, b = operands(CASES[0], torch.float32, torch.contiguous_format)
+    x = LAYOUTS[kind](x)
+    dy = torch.randn(x.shape[0], w.shape[0], *x.shape[2:])
+    exact = run(relu_conv(padding=1), x.double(), w.double(), b.double(), dy)
+    theirs = run(relu_conv(padding=1), x, w, b, dy)
+    with tiles.override(formulation=formulation):
+        ours = run(lambda *t: tk.conv2d(*t, padding=1, activation="relu"), x, w, b, dy)
+    assert_close(ours, theirs, exact)
+    want = F.conv2d(x, w, b, padding=1)
+    assert ours[0].stride() == want.stride()
+
+
+def test_a_channels_last_weight_makes_the_output_channels_last() -> None:
+    x, w, b = operands(CASES[0], torch.float32, torch.contiguous_format)
+    y = tk.conv2d(x, w.contiguous(memory_format=CHANNELS_LAST), b, padding=1)
+    assert y.is_contiguous(memory_format=CHANNELS_LAST)
+    assert tk.conv2d(x, w, b, padding=1).is_contiguous()
+
+
+def test_runs_repeat_to_the_bit_and_leave_what_they_read_alone() -> None:
+    x, w, b = operands(CASES[5], torch.float16)
+    dy = torch.randn(F.conv2d(x, w, b, **CASES[5].arguments).shape).half()
+    copies = [t.clone() for t in (x, w, b, dy)]
+    first, second = (run(lambda *t: tk.conv2d(*t, **CASES[5].arguments), x, w, b, dy) for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(copies, (x, w, b, dy), strict=True))
+
+
+def test_empty_batch_and_unbatched_input() -> None:
+    w, b = torch.randn(8, 16, 3, 3, requires_grad=True), torch.randn(8, requires_grad=True)
+    x = torch.randn(0, 16, 5, 5, requires_grad=True)
+    y = tk.conv2d(x, w, b, padding=1, activation="relu")
+    assert y.shape == (0, 8, 5, 5)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert w.grad is not None and torch.equal(w.grad, torch.zeros_like(w))
+    assert b.grad is not None and torch.equal(b.grad, torch.zeros_like(b))
+    image = torch.randn(16, 5, 5)
+    torch.testing.assert_close(tk.conv2d(image, w, b), F.conv2d(image, w, b))
+
+
+def test_nan_and_infinity_go_where_torch_sends_them() -> None:
+    x = torch.randn(1, 16, 6, 6)
+    x[0, 3, 1, 1] = float("nan")
+    x[0, 4, 4, 4] = float("inf")
+    w = torch.randn(16, 16, 3, 3)
+    want = F.relu(F.conv2d(x, w, padding=1))
+    got = tk.conv2d(x, w, padding=1, activation="relu")
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.isinf(), want.isinf())
+
+
+def test_linear_with_relu() -> None:
+    x, w, b = torch.randn(3, 5, 37), torch.randn(11, 37), torch.randn(11)
+    exact = run(lambda *t: F.relu(F.linear(*t)), x.double(), w.double(), b.double(), None)
+    theirs = run(lambda *t: F.relu(F.linear(*t)), x, w, b, None)
+    assert_close(run(lambda *t: tk.linear(*t, activation="relu"), x, w, b, None), theirs, exact)
+    assert tk.linear(torch.randn(0, 37), w, b).shape == (0, 11)
+    torch.testing.assert_close(tk.linear(x[0, 0], w), F.linear(x[0, 0], w))

@@ -1,0 +1,455 @@
+"""Records, checks, timing with a stubbed timer, rendering, and the command line."""
+
+import dataclasses
+import json
+import math
+import platform
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tileconv.bench import check, environment, job, providers, records, report
+from tileconv.bench.cases import Case
+from tileconv.bench.cli import app
+from tileconv.bench.records import Check, Commit, Device, Inspection, Machine, Record, RecordError, Timing, Versions
+from tileconv.bench.timing import Quantiles
+
+
+def a_check(layer="conv2", dtype="fp16", error=1e-3, allowed=4e-3, **changes):
+    row = Check(
+        case=f"alexnet/{layer}/{dtype}", layer=layer, op="conv2d", shape=(2, 64, 27, 27), dtype=dtype,
+        memory_format="channels_last", formulation="chosen", error=error, torch_error=1e-3, allowed=allowed,
+        passed=error is not None and error <= allowed, seconds=0.2,
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
+
+
+def an_inspection(layer="conv2", arch="sm_90", **changes):
+    row = Inspection(
+        network="alexnet", layer=layer, pass_="fprop", dtype="fp16", arch=arch, gpu="H100", batch=128,
+        kernel="fprop_box", tile="pixel 128*128*64 w4 s4", registers=154, stack_bytes=0, spills=0, shared_bytes=131104,
+        fits=True, ctas=2187, scope="loop", instructions=900, mma="HGMMA.64x128x16.F32", loop_instructions=103,
+        loop_mma=8, loop_loads={"UTMALDG": 2}, serialised=False, register_operand=False, triton="3.7.1",
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
+
+
+def a_timing(provider="tileconv", p50=50.0, layer="conv2", **changes):
+    row = Timing(
+        network="alexnet", layer=layer, pass_="fprop", batch=128, dtype="fp16", provider=provider,
+        memory_format="channels_last", l2="cold", p20_us=p50 - 1, p50_us=p50, p80_us=p50 + 1, n=100, tflops=500.0,
+        error=1e-3, allowed=4e-3, passed=True,
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
+
+
+def a_record(kind="interpreter", **changes):
+    device = Device("Some GPU 80GB", "cuda", "some-gpu-80gb") if kind == "cuda" else environment_device()
+    record = Record(
+        device=device, versions=Versions("3.11.7", "2.13.0", "3.7.1", "2.4.0", "0.1.0"), commit=Commit("a" * 40, False),
+        started="2026-01-02T03:04:05Z", seconds=120.0, machine=Machine("Some CPU", 2, 23.5),
+        command="tileconv bench --batch 2 --jobs 2",
+        checks=(a_check("network", op="forward"), a_check("conv2"), a_check("pool2", error=0.0),
+                a_check("conv2", "fp32")),
+        inspections=(
+            an_inspection(), an_inspection("conv1", serialised=True), an_inspection(arch="sm_80", mma="HMMA.16816.F32"),
+            an_inspection("pool1", mma=None, loop_instructions=None, loop_mma=0, scope="kernel",
+                          loop_loads={"LDG.128": 9}),
+        ),
+    )  # fmt: skip
+    return dataclasses.replace(record, **changes)
+
+
+def environment_device():
+    return Device("Triton's interpreter on a CPU", "interpreter", "interpreter")
+
+
+# Records
+
+
+def test_record_survives_the_file(tmp_path):
+    record = a_record("cuda", timings=(a_timing(),))
+    records.save(record, tmp_path / "data" / "x.json")
+    assert records.load(tmp_path / "data" / "x.json") == record
+    assert list((tmp_path / "data").iterdir()) == [tmp_path / "data" / "x.json"], "no temporary file is left"
+
+
+def test_pass_is_written_as_pass():
+    assert records.to_data(an_inspection())["pass"] == "fprop"
+
+
+def broken(change):
+    data = json.loads(json.dumps(records.to_data(a_record())))
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema=2), "schema: 2 is not the schema"),
+        (lambda d: d.pop("schema"), "schema: null is not the schema"),
+        (lambda d: d.pop("machine"), r"record\.machine: missing"),
+        (lambda d: d.update(host="x"), r"record\.host: unknown field"),
+        (lambda d: d["device"].update(kind="tpu"), r"record\.device\.kind: \"tpu\" is not one of"),
+        (lambda d: d["device"].update(slug="../x"), r"record\.device\.slug"),
+        (lambda d: d["checks"][1].update(error="small"), r"record\.checks\[1\]\.error: expected float, got \"small\""),
+        (lambda d: d["checks"][0].update(passed=1), r"record\.checks\[0\]\.passed: expected bool, got 1"),
+        (lambda d: d["checks"][0].update(shape=[2, "x"]), r"record\.checks\[0\]\.shape\[1\]: expected int"),
+        (lambda d: d["checks"].append(3), r"record\.checks\[4\]: expected an object"),
+        (lambda d: d["inspections"][0].update(registers=True), r"record\.inspections\[0\]\.registers: expected int"),
+        (
+            lambda d: d["inspections"][0]["loop_loads"].update(LDG=1.5),
+            r"inspections\[0\]\.loop_loads\.LDG: expected int",
+        ),
+        (lambda d: d.update(timings=[records.to_data(a_timing())]), r"record\.timings: .*without a GPU"),
+    ],
+)
+def test_malformed_records_name_the_field(tmp_path, change, message):
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(broken(change)))
+    with pytest.raises(RecordError, match=message):
+        records.load(file)
+
+
+def test_files_that_are_not_json(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(RecordError, match=r"x\.json: not JSON"):
+        records.load(tmp_path / "x.json")
+
+
+def test_a_wrong_row_cannot_have_a_speed():
+    with pytest.raises(RecordError, match="a wrong row has no speed"):
+        a_timing(passed=False)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    file = tmp_path / "x.json"
+    records.save(a_record(), file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="Out of range float"):
+        records.save(a_record(seconds=math.nan), file)
+    assert file.read_bytes() == before
+
+
+def test_environment_names_no_host_or_path():
+    found = (environment.device(), environment.versions(), environment.commit())
+    text = json.dumps([records.to_data(x) for x in found])
+    assert "/" not in text
+    assert platform.node() not in text
+    machine = environment.machine()
+    assert machine.cores >= 1 and machine.memory_gib > 0
+
+
+# Checks
+
+
+def test_budget_is_twice_torch_plus_eps():
+    assert check.budget(1e-3, "fp16", 4.0) == pytest.approx(2 * (1e-3 + 2**-10 * 4.0))
+
+
+def test_difference_of_nan_never_passes():
+    nan = torch.tensor([math.nan])
+    assert not check.largest_difference(nan, torch.zeros(1)) <= 1.0
+    assert check.largest_difference(torch.zeros(2), torch.zeros(1)) == math.inf
+
+
+def test_tasks_cover_every_layer_dtype_and_formulation():
+    found = check.tasks(2, ["fp16", "fp32"])
+    assert {t["layer"] for t in found} >= {"network", "conv1", "pool1", "conv5", "avgpool", "fc8"}
+    conv3 = {t["formulation"] for t in found if t["layer"] == "conv3" and t["dtype"] == "fp16"}
+    assert conv3 == {"chosen", "box", "gather", "pixel"}
+    conv1 = {t["formulation"] for t in found if t["layer"] == "conv1"}
+    assert conv1 == {"chosen", "gather"}, "three channels have no 16-byte pitch"
+    with pytest.raises(ValueError, match="batch=0"):
+        check.tasks(0, ["fp16"])
+
+
+@pytest.mark.slow
+def test_a_layer_on_photographs_is_within_budget():
+    task = next(t for t in check.tasks(2, ["fp16"]) if t["layer"] == "conv5")
+    row = check.run_check(task)
+    assert records.from_data(Check, json.loads(json.dumps(row))).passed
+    assert row["shape"] == [2, 256, 13, 13]
+    assert row["op"] == "conv2d"
+    assert 0 < row["error"] <= row["allowed"]
+
+
+# Timing, with the GPU stubbed
+
+
+CASE = Case("alexnet", "pool5", "forward", 2, "fp32")
+
+
+class StubTimer:
+    """Calls once and says 10, 20, ... microseconds; remembers in which cache state it was asked."""
+
+    def __init__(self):
+        self.states = []
+
+    def __call__(self, call, *, cold):
+        call()
+        self.states.append(cold)
+        return [10.0, 20.0, 30.0, 40.0, 50.0]
+
+
+def plain(name, change=lambda y: y):
+    return providers.Provider(name, "channels_last", lambda shape, t: change(providers._torch(shape, t)))
+
+
+def test_quantiles():
+    q = Quantiles.of([50.0, 10.0, 30.0, 20.0, 40.0])
+    assert (q.p20, q.p50, q.p80, q.n) == pytest.approx((18.0, 30.0, 42.0, 5))
+    with pytest.raises(ValueError, match="at least one"):
+        Quantiles.of([])
+    with pytest.raises(ValueError, match="positive"):
+        Quantiles.of([1.0, 0.0])
+
+
+def test_right_rows_are_timed_cold_and_warm():
+    timer = StubTimer()
+    rows = providers.time_case(CASE, timer, "cpu", [plain("tileconv"), plain("torch")])
+    assert timer.states == [True, False] * 2
+    assert [(r.provider, r.l2, r.p50_us, r.n) for r in rows][:2] == [
+        ("tileconv", "cold", 30.0, 5),
+        ("tileconv", "warm", 30.0, 5),
+    ]
+    assert all(r.passed and r.tflops is None for r in rows), "a pool has no FLOP/s"
+
+
+def test_speed_of_a_convolution():
+    case = dataclasses.replace(CASE, layer="conv5", pass_="fprop")
+    row = providers.time_case(case, StubTimer(), "cpu", [plain("torch")])[0]
+    assert row.tflops == pytest.approx(2 * 2 * 256 * 13 * 13 * 256 * 9 / 30e-6 / 1e12)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda y: y + 1, lambda y: y * math.nan, lambda y: y[:1]], ids=["off by one", "nan", "wrong shape"]
+)
+def test_wrong_rows_are_not_timed(spoil):
+    timer = StubTimer()
+    rows = providers.time_case(CASE, timer, "cpu", [plain("tileconv", spoil)])
+    assert timer.states == []
+    assert [(r.passed, r.p50_us, r.n) for r in rows] == [(False, None, 0)] * 2
+    assert "outside its budget" in rows[0].note
+
+
+def test_out_of_memory_and_errors_leave_the_others():
+    def raises(error):
+        def run(shape, t):
+            raise error
+
+        return run
+
+    rows = providers.time_case(
+        CASE, StubTimer(), "cpu",
+        [
+            providers.Provider("tileconv", "channels_last", raises(torch.cuda.OutOfMemoryError("full"))),
+            providers.Provider("other", "contiguous", raises(RuntimeError("at /a/b/c.cu: broken"))),
+            plain("torch"),
+        ],
+    )  # fmt: skip
+    assert rows[0].note == "not timed: out of GPU memory"
+    assert rows[2].note == "not timed: RuntimeError: at c.cu: broken"
+    assert rows[4].passed
+
+
+def test_every_provider_takes_the_same_precision():
+    seen = []
+    spy = providers.Provider("spy", "contiguous", lambda shape, t: seen.append(flags()) or providers._torch(shape, t))
+
+    def flags():
+        backends = torch.backends
+        return backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision, backends.cudnn.benchmark
+
+    before = flags()
+    for dtype, expected in (("tf32", ("tf32", "tf32", True)), ("fp32", ("ieee", "ieee", True))):
+        seen.clear()
+        providers.time_case(dataclasses.replace(CASE, dtype=dtype), StubTimer(), "cpu", [spy])
+        assert set(seen) == {expected}
+    assert flags() == before
+
+
+def test_cuda_timer_counts_events_and_flushes(monkeypatch):
+    """The timer's own arithmetic, on fake events that say 2 ms for each recorded pair."""
+    from tileconv.bench.timing import CudaTimer
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    class Flush:
+        count = 0
+
+        def zero_(self):
+            Flush.count += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+    timer = CudaTimer(warmup_ms=1.0, measure_ms=20.0, _flush=Flush())
+    cold = timer(lambda: calls.append(1), cold=True)
+    assert cold == [2000.0] * 10
+    assert Flush.count == 10
+    assert timer(lambda: None, cold=False) == [200.0] * 10
+    assert Flush.count == 10
+
+
+# Rendering
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.sources = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for key, value in attrs if key in ("src", "srcset", "href") and value]
+
+
+def test_report_is_self_contained_and_says_what_it_is(tmp_path):
+    paths = report.render_report(a_record(), tmp_path)
+    assert {p.relative_to(tmp_path).as_posix() for p in paths} == {
+        "interpreter.html", "interpreter.md", "figures/interpreter-errors.png", "figures/interpreter-loops.png"
+    }  # fmt: skip
+    html = (tmp_path / "interpreter.html").read_text()
+    links = Links()
+    links.feed(html)
+    assert "script" not in links.tags and "link" not in links.tags
+    assert len(links.sources) == 4, "two pictures, light and dark"
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in links.sources)
+    assert "prefers-color-scheme: dark" in html
+    first = (tmp_path / "interpreter.md").read_text().splitlines()[:7]
+    assert first[0].startswith("# ")
+    assert [line.split("**")[1] for line in first[2:6]] == ["Checked", "Inspected", "Modelled", "Measured"]
+    assert "no GPU speed was measured" in first[5]
+    for picture in re.findall(r"\]\((.*?\.png)\)", (tmp_path / "interpreter.md").read_text()):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rendering_is_deterministic(tmp_path):
+    for name in ("a", "b"):
+        report.render_report(a_record(), tmp_path / name)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 4
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_headline_has_three_lines_and_no_invented_speed():
+    lines = report.headline(a_record())
+    assert [line.split(":")[0] for line in lines] == ["Checked", "Inspected", "Measured"]
+    assert "4 of 4" in lines[0]
+    assert "3 without" in lines[1] and "conv1 sm_90 (serialised)" in lines[1]
+    assert "TFLOP" not in "".join(lines)
+
+
+def test_losses_come_first(tmp_path):
+    rows = (a_timing(), a_timing("torch", 100.0), a_timing(layer="conv3"), a_timing("torch", 40.0, layer="conv3"))
+    record = a_record("cuda", timings=rows)
+    assert "1.26x the speed of PyTorch" in report.headline(record)[2], "sqrt(2 * 0.8)"
+    assert "slower in 1 of 2" in report.headline(record)[2]
+    report.render_report(record, tmp_path)
+    text = (tmp_path / "some-gpu-80gb.md").read_text()
+    assert text.index("0.80x") < text.index("2.00x")
+
+
+def test_failures_are_shown_first_and_escaped(tmp_path):
+    bad = a_check("conv4", error=None, note="<b>|died", op="", shape=(), allowed=None, passed=False)
+    record = a_record(checks=(a_check("network"), bad, a_check("conv4")))
+    report.render_report(record, tmp_path)
+    html, text = (tmp_path / "interpreter.html").read_text(), (tmp_path / "interpreter.md").read_text()
+    assert "&lt;b&gt;|died" in html and "<b>|died" not in html
+    assert "<b>\\|died" in text
+    assert "2 of 3" in text
+    assert job.failures(record) == ["alexnet/conv4/fp16: <b>|died"]
+
+
+def test_empty_record_renders(tmp_path):
+    report.render_report(a_record(checks=(), inspections=()), tmp_path)
+    assert "**Checked**: nothing." in (tmp_path / "interpreter.md").read_text()
+
+
+# The command line and the main job
+
+
+def test_unwritable_directory_is_said_before_anything_runs(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(job, "checks", lambda *a, **k: pytest.fail("ran before the directory was tried"))
+    result = CliRunner().invoke(app, ["bench", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 2
+    assert "is not a directory that can be written" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "--suite", "alexnett"], "nearest: alexnet"),
+        (["inspect", "--arch", "sm_9"], "nearest: sm_90"),
+        (["inspect", "--dtype", "float16"], "dtype='float16' is unknown"),
+        (["inspect", "--pass", "fprp"], "nearest: fprop"),
+        (["inspect", "--batch", "0"], "batch=0 must be at least 1"),
+        (["bench", "--batch", "1"], "batch=1 must be at least 2"),
+        (["report", "no-such.json"], "no-such.json"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+
+
+def test_job_writes_a_record_and_its_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "checks", lambda *a, **k: [json.loads(json.dumps(records.to_data(a_check("network"))))])
+    monkeypatch.setattr(job, "inspect_all", lambda *a, **k: [records.to_data(an_inspection())])
+    result = CliRunner().invoke(app, ["bench", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    tail = result.output.strip().splitlines()[-4:]
+    assert tail[0].startswith("Report: ")
+    assert [line.split(":")[0] for line in tail[1:]] == ["Checked", "Inspected", "Measured"]
+    stored = next((tmp_path / "data").glob("*.json"))
+    assert str(tmp_path) not in stored.read_text()
+    again = CliRunner().invoke(app, ["report", str(stored), "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    name = f"{stored.stem}.html"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_job_on_a_gpu_measures_as_well(tmp_path, monkeypatch):
+    """The whole job as a GPU machine runs it, the device and the timer stubbed."""
+    monkeypatch.setattr(environment, "device", lambda: Device("Some GPU", "cuda", "some-gpu"))
+    monkeypatch.setattr(job, "checks", lambda *a, **k: [records.to_data(a_check("network"))])
+    monkeypatch.setattr(job, "inspect_all", lambda *a, **k: [records.to_data(an_inspection())])
+    monkeypatch.setattr(job, "cases", lambda *a: [CASE])
+
+    def on_the_cpu(cases, timer, progress):
+        return [row for case in cases for row in providers.time_case(case, timer, "cpu", [plain("tileconv")])]
+
+    monkeypatch.setattr(providers, "timings", on_the_cpu)
+    record, _ = job.run_job(job.Job(), tmp_path, lambda step: lambda *a: None, StubTimer())
+    assert [t.l2 for t in record.timings] == ["cold", "warm"]
+    assert "Measured" in (tmp_path / "some-gpu.md").read_text()
+
+
+def test_a_wrong_result_ends_with_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "checks", lambda *a, **k: [records.to_data(a_check("conv2", error=1.0))])
+    monkeypatch.setattr(job, "inspect_all", lambda *a, **k: [])
+    result = CliRunner().invoke(app, ["bench", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "failed: alexnet/conv2/fp16: outside its budget" in result.output
+
+
+def test_env_lists_versions():
+    result = CliRunner().invoke(app, ["env"])
+    assert result.exit_code == 0
+    assert f"torch: {torch.__version__}" in result.output
