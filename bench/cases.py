@@ -165,8 +165,10 @@ def _conv_launches(shape: Shape, dtype: torch.dtype, precision: str, gpu: Any) -
     problem = conv_problem(shape)
     x, w, y = (_image(dtype, *extents) for extents in (problem.x_shape, problem.w_shape, problem.y_shape))
     bias = torch.empty(problem.K, dtype=dtype, device="meta")
-    launch = conv.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=shape.activation, precision=precision)
-    return [launch]
+    planned: list[Any] = conv.plan_fprop(
+        problem, x, w, bias, y, gpu=gpu, activation=shape.activation, precision=precision
+    )
+    return planned
 
 
 def _pool_launches(shape: Shape, dtype: torch.dtype, gpu: Any) -> list[Any]:

@@ -18,7 +18,6 @@ NETWORK = "network"
 CHOSEN = "chosen"
 # One program an output pixel: in the interpreter that is quick enough for the last maps only.
 PIXEL_EXTENT = 13
-FORCED = ("box", "gather", "pixel")
 
 
 def budget(torch_error: float, dtype: str, largest: float) -> float:
@@ -91,6 +90,8 @@ def tasks(batch: int, dtypes: Sequence[str]) -> list[Task]:
 
 def valid_formulations(shape: Any, dtype: str) -> list[str]:
     """The formulations of a convolution that are forced one by one: those the library says can run it."""
+    import torch
+
     from tileconv.kernels import hardware, tiles
 
     from .cases import conv_problem
@@ -98,13 +99,11 @@ def valid_formulations(shape: Any, dtype: str) -> list[str]:
     if shape.op != "conv2d":
         return []
     problem = conv_problem(shape)
-    describable = tiles.addressable(problem, "fprop", DTYPES[dtype])
-    allowed = {
-        "gather": True,
-        "box": describable and problem.stride == (1, 1),
-        "pixel": describable and (not hardware.interpreting() or max(problem.P, problem.Q) <= PIXEL_EXTENT),
-    }
-    return [name for name in FORCED if allowed[name]]
+    gpu = hardware.INTERPRETER if hardware.interpreting() else hardware.gpu_of(torch.device("cuda"))
+    found = tiles.formulations(problem, "fprop", DTYPES[dtype], gpu)
+    if hardware.interpreting() and max(problem.P, problem.Q) > PIXEL_EXTENT:
+        return [name for name in found if name != "pixel"]
+    return list(found)
 
 
 def run_check(task: Task, device: str = "cpu") -> dict[str, Any]:

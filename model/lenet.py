@@ -1,7 +1,7 @@
 """LeNet-5 (LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition", 1998).
 
-The modern form: every map of the first layer feeds every map of the second, ReLU and max-pooling instead of sigmoids and
-sub-sampling, a linear output instead of radial basis functions. Every layer runs on tileconv's kernels.
+The modern form: every map of the first layer feeds every map of the second, ReLU and max-pooling instead of sigmoids
+and sub-sampling, a linear output instead of radial basis functions. Every layer runs on tileconv's kernels.
 """
 
 from __future__ import annotations

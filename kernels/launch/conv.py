@@ -14,6 +14,7 @@ from tileconv.kernels.device import conv as device
 from tileconv.kernels.geometry import Conv2dProblem, Filters
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
+from tileconv.kernels.launch.layout import plan_depth_to_space, plan_space_to_depth
 from tileconv.kernels.launch.pointwise import plan_add_slices
 
 
@@ -28,13 +29,18 @@ def plan_fprop(
     filters: Filters | None = None,
     activation: str | None = None,
     precision: str = "ieee",
-) -> Launch:
-    """The launch that writes y [N, K, P, Q] from x [N, C, H, W] and w, the layer's own filters [K, C/groups, R, S].
+) -> list[Launch]:
+    """The launches that write y [N, K, P, Q] from x [N, C, H, W] and w, the layer's own filters [K, C/groups, R, S].
 
     `filters` says how the problem reads them: dgrad runs on the filters of fprop, transposed.  Strides of x and y are
     free; a formulation that needs descriptors copies an operand that they cannot address.
     """
     filters = filters or problem.filters
+    if tiles.first_layer(problem, "dgrad" if filters.transposed else "fprop", x.dtype, gpu):
+        blocks, x, first = _to_depth(problem, x, gpu)
+        w, second = _filters_to_depth(problem, w, gpu)
+        rest = plan_fprop(blocks, x, w, bias, y, gpu=gpu, activation=activation, precision=precision)
+        return [first, second, *rest]
     tile = tiles.choose(problem, "dgrad" if filters.transposed else "fprop", x.dtype, precision, gpu)
     plan = _plan_gather if tile.formulation == "gather" else _plan_box
     common: dict[str, Any] = {
@@ -47,7 +53,7 @@ def plan_fprop(
         "ACC": accumulator(x.dtype), "OUT": TRITON_TYPE[y.dtype],
         "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
-    return plan(problem, filters, tile, x, w, y, common)
+    return [plan(problem, filters, tile, x, w, y, common)]
 
 
 def plan_dgrad(
@@ -55,7 +61,9 @@ def plan_dgrad(
 ) -> list[Launch]:
     """The launches that write dx, one for each residue of the input pixel: fprop on the rephrased problems."""
     return [
-        plan_fprop(
+        launch
+        for part in problem.dgrad
+        for launch in plan_fprop(
             part.problem, dy, w, None, dx[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
             gpu=gpu, filters=part.filters, precision=precision,
         )
@@ -67,6 +75,11 @@ def plan_wgrad(
     problem: Conv2dProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, *, gpu: GPU, precision: str = "ieee"
 ) -> list[Launch]:
     """The launches that write dw [K, C/groups, R, S] (channels_last): partial sums, then their sum in a fixed order."""
+    if tiles.first_layer(problem, "wgrad", x.dtype, gpu):
+        blocks, x, first = _to_depth(problem, x, gpu)
+        blocked = torch.empty(blocks.w_shape, dtype=dw.dtype, device=dw.device, memory_format=torch.channels_last)
+        last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
+        return [first, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
     tile = tiles.choose(problem, "wgrad", x.dtype, precision, gpu)
     matrix = dw.permute(0, 2, 3, 1)
     parts = matrix if tile.splits == 1 else _slices(tile.splits, dw)
@@ -101,6 +114,22 @@ def plan_wgrad(
     programs = blocks * taps * problem.groups * tile.splits
     launches = [Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]
+
+
+def _to_depth(problem: Conv2dProblem, x: torch.Tensor, gpu: GPU) -> tuple[Conv2dProblem, torch.Tensor, Launch]:
+    """The stride-1 problem of a first layer, its image, and the launch that fills it."""
+    blocks = problem.space_to_depth
+    image = torch.empty(blocks.x_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    padding = problem.padding[0][0], problem.padding[1][0]
+    return blocks, image, plan_space_to_depth(x, image, problem.stride, padding, gpu=gpu)
+
+
+def _filters_to_depth(problem: Conv2dProblem, w: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, Launch]:
+    """The filters of that problem: blocked like an image of one filter each, without padding before."""
+    blocked = torch.empty(
+        problem.space_to_depth.w_shape, dtype=w.dtype, device=w.device, memory_format=torch.channels_last
+    )
+    return blocked, plan_space_to_depth(w, blocked, problem.stride, (0, 0), gpu=gpu)
 
 
 def _slices(splits: int, dw: torch.Tensor) -> torch.Tensor:

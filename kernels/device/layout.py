@@ -1,0 +1,71 @@
+"""Rearrangements: an image's stride x stride blocks into channels, and a filter gradient back out of them."""
+
+import triton
+import triton.language as tl
+
+
+# y[n, u, v, (c, a, b)] = x[n, c, u * STRIDE_H + a - pad_h, v * STRIDE_W + b - pad_w], zero outside the image and in the
+# channels beyond C * STRIDE_H * STRIDE_W.  A strided convolution of few channels becomes a stride-1 one of many.
+@triton.jit
+def space_to_depth(
+    x,  # pointer, any strides
+    y,  # pointer to [N, U, V, DEPTH]
+    C,
+    H,
+    W,
+    U,
+    V,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    pad_h,
+    pad_w,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DEPTH: tl.constexpr,
+    INDEX: tl.constexpr,
+    ROWS: tl.constexpr,  # of v
+    COLS: tl.constexpr,  # at least DEPTH
+):
+    blocks = tl.cdiv(V, ROWS)
+    strip = tl.program_id(0) // blocks
+    v = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    u = strip % U
+    n = (strip // U).to(tl.int64)
+    d = tl.arange(0, COLS)
+    c = d // (STRIDE_H * STRIDE_W)
+    h = u * STRIDE_H + d // STRIDE_W % STRIDE_H - pad_h
+    w = v[:, None] * STRIDE_W + (d % STRIDE_W)[None, :] - pad_w
+    inside = (v < V)[:, None] & ((c < C) & (h >= 0) & (h < H))[None, :] & (w >= 0) & (w < W)
+    rows = n * stride_xn + c.to(INDEX) * stride_xc + h.to(INDEX) * stride_xh
+    value = tl.load(x + rows[None, :] + w.to(INDEX) * stride_xw, mask=inside, other=0.0)
+    out = (strip.to(tl.int64) * V + v)[:, None] * DEPTH + d[None, :]
+    tl.store(y + out, value, mask=(v < V)[:, None] & (d < DEPTH)[None, :])
+
+
+# dw[k, r, s, c] = y[k, r // STRIDE_H, s // STRIDE_W, (c, r % STRIDE_H, s % STRIDE_W)]: the way back, for filters.
+@triton.jit
+def depth_to_space(
+    y,  # pointer to [K, U, V, DEPTH]
+    dw,  # pointer to [K, R, S, C]
+    SIZE,
+    R,
+    S,
+    C,
+    U,
+    V,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DEPTH: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.cast(tl.program_id(0), INDEX) * BLOCK + tl.arange(0, BLOCK)
+    c = i % C
+    s = i // C % S
+    r = i // C // S % R
+    k = i // C // S // R
+    d = (c * STRIDE_H + r % STRIDE_H) * STRIDE_W + s % STRIDE_W
+    block = (k * U + r // STRIDE_H) * V + s // STRIDE_W
+    tl.store(dw + i, tl.load(y + block * DEPTH + d, mask=i < SIZE, other=0.0), mask=i < SIZE)
