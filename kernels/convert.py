@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from tileconv.kernels import checks, functional, layout, modules
 
@@ -245,8 +246,11 @@ class _Fusion:
             self._look_into(descendant)
 
     @staticmethod
-    def _graphs(module: nn.Module, tracer: _Tracer) -> list[torch.fx.Graph]:
-        """One graph for each way through forward that its flags open: training or not, arguments given or left out."""
+    def _graphs(module: nn.Module, tracer: _Tracer) -> list[tuple[torch.fx.Graph, set[torch.fx.Node]]]:
+        """A graph for each way through forward that its flags open: training or not, arguments given or left out.
+
+        With each the nodes whose values forward keeps in attributes, which no edge of the graph shows.
+        """
         parameters = inspect.signature(module.forward).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         graphs = []
@@ -255,22 +259,24 @@ class _Fusion:
             for training, concrete in itertools.product((True, False), ({}, defaults) if defaults else ({},)):
                 for inside in modes:
                     inside.training = training
-                graphs.append(tracer.trace(module, concrete or None))
+                graph = tracer.trace(module, concrete or None)
+                kept = tree_leaves([list(inside.__dict__.values()) for inside in modes])
+                graphs.append((graph, {value.node for value in kept if isinstance(value, torch.fx.Proxy)}))
         finally:
             for inside, training in modes.items():
                 inside.training = training
         return graphs
 
-    def _collect(self, module: nn.Module, graphs: list[torch.fx.Graph]) -> None:
+    def _collect(self, module: nn.Module, graphs: list[tuple[torch.fx.Graph, set[torch.fx.Node]]]) -> None:
         calls: Counter[nn.Module] = Counter()  # the most in any one way through
-        for graph in graphs:
+        for graph, kept in graphs:
             called = {node: module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
             calls |= Counter(called.values())
             for node, layer in called.items():
                 if type(layer) not in FUSED:
                     continue
                 relus = [u for u in node.users if _is_relu_function(u) or type(called.get(u)) in RELUS]
-                if relus and len(node.users) > 1:
+                if relus and (len(node.users) > 1 or node in kept):
                     self.reasons[layer] = "its output is read by more than its ReLU"
                 elif relus and relus[0] not in called:
                     self.reasons[layer] = "its ReLU is a function call, which cannot be swapped"
@@ -353,9 +359,8 @@ def explain(model: nn.Module, *example: Any) -> Table:
     names = {module: name for name, module in model.named_modules()}
     for (module, function), count in functions.items():
         times = "" if count == 1 else f", {count} times"
-        rows.append(
-            Row(names[module], f"F.{function}", "pytorch", f"a function call{times}: use_kernels() can take it")
-        )
+        reason = f"a function call{times}: use_kernels() can take it"
+        rows.append(Row(names[module], f"F.{function}", "pytorch", reason))
     return rows
 
 

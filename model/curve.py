@@ -79,9 +79,10 @@ def draw(record: dict[str, Any]) -> bytes:
             axes.grid(axis="y", linewidth=0.5, color="#d0d7de")
             axes.set_axisbelow(True)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlim(0, epochs[-1] + 0.3)
             axes.legend(loc="upper right" if number == "loss" else "lower right")
         left.set_ylim(bottom=0)
-        right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         best = rows[-1]["kept_accuracy"]
         right.annotate(f"{100 * best:.1f} %", (epochs[-1], best), xytext=(0, 6), textcoords="offset points",
                        ha="right", color=KEPT, weight="bold")  # fmt: skip

@@ -26,6 +26,7 @@ SPLIT_SEED = 20120930
 KEPT_SHARE = 5
 """Where a folder has no val/ of its own, one picture in so many of each class is kept."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # the means of ImageNet's three channels
 # Krizhevsky, Sutskever and Hinton 2012, section 4.1: the principal components of ImageNet's pixels, here in [0, 1].
 LIGHT_VALUES = np.array([0.2175, 0.0188, 0.0045], np.float32)
 LIGHT_VECTORS = np.array(
@@ -123,8 +124,9 @@ class Pictures(Images):
                 values = values[:, ::-1]
             if self.channels == 3:
                 light = random.normal(0, LIGHT_DEVIATION, 3).astype(np.float32)
-                values = values + np.asarray(LIGHT_VECTORS @ (light * LIGHT_VALUES), np.float32)
-        mean, std = (MEAN, STD) if self.channels == 3 else ((0.45,), (0.225,))
+                shift: npt.NDArray[np.float32] = LIGHT_VECTORS @ (light * LIGHT_VALUES)
+                values = values + shift
+        mean, std = (MEAN, STD) if self.channels == 3 else (GREY_MEAN, GREY_STD)
         values = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))), int(self.labels[index])
 

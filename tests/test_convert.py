@@ -2,14 +2,17 @@
 
 import copy
 import pickle
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from tileconv.kernels import modules
 from tileconv.kernels.convert import OPS, Table, convert, explain, revert, use_kernels
@@ -137,11 +140,12 @@ def test_convert_and_revert(name: str, device: torch.device) -> None:
 class Forward(nn.Module):
     """Two convolutions, two ReLUs and a forward function of (self, x, ...)."""
 
-    def __init__(self, forward: Callable[..., Any], wrap: bool = False) -> None:
+    def __init__(self, forward: Callable[..., Any]) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
         self.r, self.s = nn.ReLU(), nn.ReLU(inplace=True)
         self.body = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Sequential(nn.ReLU()))
+        self.features: dict[str, Tensor] = {}
         self.function = forward
 
     def forward(self, x: Tensor, taps: Any = None) -> Any:
@@ -167,6 +171,12 @@ def leaves_traces(m: Any, x: Tensor, taps: Any) -> Any:
     return m.r(m.a(x))
 
 
+def keeps_features(m: Any, x: Tensor, taps: Any) -> Any:
+    y = m.a(x)
+    m.features["a"] = y
+    return m.r(y)
+
+
 # forward, the layers that fuse, and a word of why `a` does not
 FORWARDS: dict[str, tuple[Callable[..., Any], set[str], str]] = {
     "plain": (lambda m, x, taps: m.s(m.b(m.r(m.a(x)))), {"a", "b"}, ""),
@@ -174,6 +184,7 @@ FORWARDS: dict[str, tuple[Callable[..., Any], set[str], str]] = {
     "keeps-the-object-clean": (leaves_traces, {"a"}, ""),
     "read-twice": (lambda m, x, taps: (lambda y: m.r(y) + y)(m.a(x)), set(), "read by more than its ReLU"),
     "returned-as-well": (lambda m, x, taps: (lambda y: [m.r(y), y])(m.a(x)), set(), "read by more than its ReLU"),
+    "kept-in-an-attribute": (keeps_features, set(), "read by more than its ReLU"),
     "relu-called-twice": (lambda m, x, taps: m.r(m.b(m.r(m.a(x)))), set(), "its ReLU is called in 2 places"),
     "conv-called-twice": (lambda m, x, taps: m.r(m.a(m.a(x))), set(), "not go to the same ReLU in every call"),
     "pair-called-twice": (lambda m, x, taps: m.r(m.a(m.r(m.a(x)))), set(), "called in 2 places"),
@@ -228,7 +239,7 @@ def test_hooks_stay_and_prevent_fusing(device: torch.device) -> None:
     convert(model)
     assert kinds(model) == ["Conv2d*", "ReLU*", "Conv2d*", "ReLU*"]
     assert "hooks" in explain(model)[0].reason
-    model(torch.randn(1, 2, 4, 4, device=device)).sum().backward()
+    model(torch.randn(1, 2, 4, 4, device=device).requires_grad_()).sum().backward()
     model.state_dict()
     assert seen == ["forward True", "pre", "backward", "state"]
     assert "hooks" in explain(convert(nn.Sequential(*model)))[2].reason
@@ -268,10 +279,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "conv1d": (lambda: nn.Conv1d(2, 2, 1), "tileconv has no kernel for Conv1d"),
     "subclass": (lambda: Mine(2, 2, 1), "a subclass of torch.nn.Conv2d"),
     "lazy": (lambda: nn.LazyLinear(2), "a subclass of torch.nn.Linear"),
-    "parametrized": (
-        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1)),
-        "a subclass of torch.nn.Conv2d",
-    ),
+    "parametrized": (lambda: weight_norm(nn.Conv2d(2, 2, 1)), "a subclass of torch.nn.Conv2d"),
 }
 
 
@@ -339,7 +347,7 @@ def test_nothing_changes_if_filter_fails() -> None:
 
 def test_revert_refuses_what_was_parametrized_since() -> None:
     model = convert(vgg())
-    nn.utils.parametrizations.weight_norm(model[3][0])
+    weight_norm(model[3][0])
     with pytest.raises(ValueError, match=r"3\.0 has become a ParametrizedLinearReLU since convert"):
         revert(model)
     assert isinstance(model[0][0], modules.ConvReLU2d)
@@ -365,7 +373,10 @@ def test_optimizer_goes_on(device: torch.device) -> None:
 
 
 @pytest.fixture
-def resnet(device: torch.device) -> Iterator[Any]:
+def resnet(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Any:
+    # `python -m pytest` puts this repository on the path, where transformers, looking for Hugging Face's package of
+    # that name, would import the folder kernels/.
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not Path(entry, "kernels").is_dir()])
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(
         num_channels=3, embedding_size=4, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"
