@@ -236,7 +236,9 @@ class _Fusion:
                 try:
                     graphs = self._graphs(module, _Tracer(shallow, inlined))
                 except Exception as error:  # whatever the model's own code raises when it meets a proxy
-                    self.untraced[module] = f"{type(module).__name__} does not trace ({_first_line(error)})"
+                    self.untraced[module] = (
+                        f"{type(module).__name__} does not trace ({_first_line(error).partition('. ')[0]})"
+                    )
                 else:
                     self.untraced.pop(module, None)
                     self._collect(module, graphs)
@@ -300,12 +302,14 @@ class _Fusion:
 
     def reason(self, name: str, layer: nn.Module, model: nn.Module) -> str:
         """Why `layer` is not fused; "" where no ReLU follows."""
-        if layer in self.reasons or layer in self._followers:
-            return self.reasons.get(layer, "")
+        if layer in self.reasons:
+            return f"ReLU not fused: {self.reasons[layer]}"
+        if layer in self._followers:
+            return ""
         while name:  # never met in a trace: the nearest module around it that did not trace
             name = name.rpartition(".")[0]
             if reason := self.untraced.get(model.get_submodule(name)):
-                return reason
+                return f"not looked at for a ReLU to fuse: {reason}"
         return ""
 
 
@@ -375,7 +379,7 @@ def _verdict(name: str, module: nn.Module, model: nn.Module, fusion: _Fusion) ->
     if isinstance(module, modules.ConvReLU2d | modules.LinearReLU):
         return "tileconv", "with its ReLU in one kernel"
     if type(module) in FUSED and (reason := fusion.reason(name, module, model)):
-        return "tileconv", f"ReLU not fused: {reason}"
+        return "tileconv", reason
     return "tileconv", ""
 
 

@@ -1,0 +1,119 @@
+"""Convolution: the three passes are bilinear in each other, so each one's derivative is made of the other two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tileconv.kernels.autograd.function import Function, Gradients, door, then_nones
+from tileconv.kernels.autograd.pointwise import relu_backward
+from tileconv.kernels.ops import OPS
+
+
+class _Conv2d(Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return OPS.conv2d_fprop(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        input, weight, _, *ctx.geometry, activation, ctx.precision, ctx.channels_last = inputs
+        ctx.shapes = input.shape, weight.shape
+        # The weight's gradient needs the input, the input's needs the weight: neither is kept in vain.
+        ctx.save_for_backward(
+            input if ctx.needs_input_grad[1] else None,
+            weight if ctx.needs_input_grad[0] else None,
+            output if activation else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        input, weight, output = ctx.saved_tensors
+        to_input = to_weight = to_bias = None
+        if ctx.needs_input_grad[2]:
+            grad, to_bias = (grad, bias_grad(grad)) if output is None else relu_bias_grad(grad, output)
+        elif output is not None:
+            grad = relu_backward(grad, output)
+        if ctx.needs_input_grad[0]:
+            to_input = conv2d_dgrad(grad, weight, ctx.shapes[0], *ctx.geometry, ctx.precision, ctx.channels_last)
+        if ctx.needs_input_grad[1]:
+            to_weight = conv2d_wgrad(grad, input, ctx.shapes[1], *ctx.geometry, ctx.precision)
+        return then_nones(to_input, to_weight, to_bias, count=7)
+
+
+class _Dgrad(Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return OPS.conv2d_dgrad(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        grad, weight, _, *ctx.geometry, ctx.precision, ctx.channels_last = inputs
+        ctx.save_for_backward(grad, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:
+        grad, weight = ctx.saved_tensors
+        to_grad = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_grad = conv2d(grad_grad, weight, None, *ctx.geometry, None, ctx.precision, ctx.channels_last)
+        if ctx.needs_input_grad[1]:
+            to_weight = conv2d_wgrad(grad, grad_grad, weight.shape, *ctx.geometry, ctx.precision)
+        return then_nones(to_grad, to_weight, count=7)
+
+
+class _Wgrad(Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return OPS.conv2d_wgrad(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        grad, input, _, *ctx.geometry, ctx.precision = inputs
+        ctx.save_for_backward(grad, input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:
+        grad, input = ctx.saved_tensors
+        to_grad = to_input = None
+        if ctx.needs_input_grad[0]:
+            to_grad = conv2d(input, grad_grad, None, *ctx.geometry, None, ctx.precision, True)
+        if ctx.needs_input_grad[1]:
+            to_input = conv2d_dgrad(grad, grad_grad, input.shape, *ctx.geometry, ctx.precision, True)
+        return then_nones(to_grad, to_input, count=6)
+
+
+class _BiasGrad(Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return OPS.bias_grad(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, to_bias: torch.Tensor) -> Gradients:
+        return (to_bias[:, None, None].expand(ctx.shape),)
+
+
+class _ReluBiasGrad(Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return OPS.relu_bias_grad(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, to_masked: torch.Tensor, to_bias: torch.Tensor) -> Gradients:
+        return relu_backward(to_masked + to_bias[:, None, None], ctx.saved_tensors[0]), None
+
+
+conv2d = door(_Conv2d, OPS.conv2d_fprop)
+conv2d_dgrad = door(_Dgrad, OPS.conv2d_dgrad)
+conv2d_wgrad = door(_Wgrad, OPS.conv2d_wgrad)
+bias_grad = door(_BiasGrad, OPS.bias_grad)
+relu_bias_grad = door(_ReluBiasGrad, OPS.relu_bias_grad)

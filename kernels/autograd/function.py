@@ -1,0 +1,33 @@
+"""What every Function around an op shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+class Function(torch.autograd.Function):
+    generate_vmap_rule = True  # the ops have batching rules of their own; without jvp, forward mode raises
+
+
+def door(function: type[Function], op: Callable[..., Any]) -> Callable[..., Any]:
+    """A call that goes through the Function where autograd must see it, else straight to the op."""
+
+    def call(*arguments: Any) -> Any:
+        # Forward mode and torch.func count too: past the Function they would lose a tangent without a word.
+        seen = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+        if not seen and torch.is_grad_enabled():
+            seen = any(isinstance(value, torch.Tensor) and value.requires_grad for value in arguments)
+        return function.apply(*arguments) if seen else op(*arguments)  # type: ignore[no-untyped-call]
+
+    return call
+
+
+def then_nones(*gradients: torch.Tensor | None, count: int) -> Gradients:
+    """Gradients of the tensors that come first, None for the `count` settings after them."""
+    return (*gradients, *(None,) * count)

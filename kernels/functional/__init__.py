@@ -1,0 +1,11 @@
+"""torch.nn.functional's signatures on our kernels: checks, autocast and memory format, then one call down.
+
+All functions take fp16, bf16, fp32 and fp64 tensors on a CUDA device, or on the CPU where Triton interprets, in any
+strides.  They raise TypeError or ValueError that names the argument, its value and what is allowed.
+"""
+
+from tileconv.kernels.functional.conv import conv2d, linear
+from tileconv.kernels.functional.pointwise import dropout, relu
+from tileconv.kernels.functional.pool import adaptive_avg_pool2d, max_pool2d
+
+__all__ = ["adaptive_avg_pool2d", "conv2d", "dropout", "linear", "max_pool2d", "relu"]

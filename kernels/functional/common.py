@@ -1,0 +1,37 @@
+"""What the functions share: argument types, autocast and fp32 precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tileconv.kernels import checks
+
+IntOrPair = int | Sequence[int]
+
+
+def fp32_precision(wanted: str | None, input: torch.Tensor, operation: str) -> str:
+    """ "ieee" or "tf32": what is wanted, or what PyTorch would do for `operation` ("conv" or "matmul") there."""
+    if wanted is not None:
+        checks.choice("precision", wanted, checks.PRECISIONS)
+        return wanted
+    if input.dtype != torch.float32 or input.device.type != "cuda":
+        return "ieee"
+    backends: Any = torch.backends
+    own = (backends.cudnn.conv, backends.cudnn) if operation == "conv" else (backends.cuda.matmul,)
+    # A level that says "none" leaves it to the next one.
+    said = next((level.fp32_precision for level in (*own, backends) if level.fp32_precision != "none"), "ieee")
+    return "tf32" if said == "tf32" else "ieee"
+
+
+def autocast(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The operands in the dtype of the surrounding autocast region, if there is one; fp64 stays, as in PyTorch."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,0 +1,9 @@
+"""torch.ops.tileconv: schemas, what they return without running (fakes), and how they run; one file per family.
+
+Arguments are already checked and complete here; functional/ is the door for people.
+"""
+
+from tileconv.kernels.ops import conv, pointwise, pool
+from tileconv.kernels.ops.registry import OPS
+
+__all__ = ["OPS", "conv", "pointwise", "pool"]

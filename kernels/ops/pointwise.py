@@ -1,0 +1,46 @@
+"""Elementwise ops."""
+
+from __future__ import annotations
+
+import torch
+
+from tileconv.kernels import hardware, layout
+from tileconv.kernels.launch import pointwise as launch_pointwise
+from tileconv.kernels.ops.registry import define
+
+
+def _relu(input: torch.Tensor) -> torch.Tensor:
+    source = layout.dense(input)
+    output = torch.empty_like(source)
+    if output.numel():
+        gpu = hardware.gpu_of(input.device)
+        launch_pointwise.plan_relu(layout.flat(source), layout.flat(output), gpu=gpu).run()
+    return output
+
+
+def _relu_backward(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    output = layout.dense(output)
+    grad = layout.laid_out_like(grad, output)
+    grad_input = torch.empty_like(output)
+    if output.numel():
+        rows = [layout.flat(tensor)[None, :] for tensor in (grad, output, grad_input)]
+        launch_pointwise.plan_relu_backward(*rows, gpu=hardware.gpu_of(grad.device)).run()
+    return grad_input
+
+
+def _dropout(input: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    source = layout.dense(input)
+    output = torch.empty_like(source)
+    if output.numel():
+        gpu = hardware.gpu_of(input.device)
+        launch_pointwise.plan_dropout(layout.flat(source), layout.flat(output), seed, p, gpu=gpu).run()
+    return output
+
+
+define("relu(Tensor input) -> Tensor", _relu, lambda input: torch.empty_like(input))
+define(
+    "relu_backward(Tensor grad, Tensor output) -> Tensor", _relu_backward, lambda grad, output: torch.empty_like(output)
+)
+define(
+    "dropout(Tensor input, Tensor seed, float p) -> Tensor", _dropout, lambda input, seed, p: torch.empty_like(input)
+)

@@ -1,0 +1,35 @@
+"""How an op comes to be: schema, implementations per device, fake and batching rule."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Ints = Sequence[int]
+OPS = torch.ops.tileconv
+LIBRARY = torch.library.Library("tileconv", "DEF")  # must stay alive: its death takes the ops with it
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define torch.ops.tileconv.<name>: `run` on real tensors, `fake` for what it returns without running."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, run, "CPU")
+    LIBRARY.impl(name, run, "CUDA")
+    torch.library.register_fake(f"tileconv::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"tileconv::{name}", functools.partial(_batched, getattr(OPS, name)), lib=LIBRARY)
+
+
+def _batched(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """vmap's rule for every op: one call a sample.  What a batch has in common, an op's own N axis already batches."""
+    columns = [
+        argument.unbind(dim) if isinstance(dim, int) else [argument] * info.batch_size
+        for argument, dim in zip(arguments, in_dims, strict=True)
+    ]
+    results = [op(*sample) for sample in zip(*columns, strict=True)]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
