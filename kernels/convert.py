@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from tileconv.kernels import checks, functional, layout, modules
 
+Model = TypeVar("Model", bound=nn.Module)
 SWAPS: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
     nn.Conv2d: ("conv2d", modules.Conv2d),
     nn.Linear: ("linear", modules.Linear),
@@ -56,10 +57,10 @@ class Origin:
 
 
 def convert(
-    model: nn.Module,
+    model: Model,
     ops: Collection[str] | None = None,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
-) -> nn.Module:
+) -> Model:
     """Put the supported layers of `model` on our kernels, in place; returns `model`, also where it is itself a layer.
 
     Module objects, parameters, buffers, hooks, flags and state_dict keys stay.  Weights of convolutions become
@@ -105,7 +106,7 @@ def convert(
     return model
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Undo convert(), in place: every converted module has its own class and memory format again; returns `model`.
 
     Layers that were built as tileconv's stay.  Raises ValueError, and changes nothing, if a converted module has got

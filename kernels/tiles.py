@@ -24,6 +24,8 @@ class ConvTile:
 
     `box` is (images, rows, columns).  "pixel" has one row and one column; "gather" counts flat pixels in box[0].
     `block_c` is the depth of one step; `flat` steps through (r, s, c) flattened instead of through the channels.
+    `block_k2` filters more share its pixels in a second product.  `splits` programs share the depth of a tile: of all
+    tiles, or of the last `tail` ones, those that would leave most of the GPU idle in their wave.
     In wgrad the box is the depth of a step, block_k x block_c is what a program makes, and `splits` share the pixels.
     """
 
@@ -35,6 +37,13 @@ class ConvTile:
     num_stages: int = 3
     flat: bool = False
     splits: int = 1
+    block_k2: int = 0
+    tail: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Filters of a program."""
+        return self.block_k + self.block_k2
 
     @property
     def pixels(self) -> int:
@@ -43,8 +52,9 @@ class ConvTile:
     def __str__(self) -> str:
         box = "x".join(map(str, self.box)) if self.formulation == "box" else str(self.pixels)
         flat = " flat" if self.flat else ""
-        splits = f" /{self.splits}" if self.splits > 1 else ""
-        size = f"{box}*{self.block_k}*{self.block_c}"
+        splits = (f" /{self.splits}" + (f" of {self.tail}" if self.tail else "")) if self.splits > 1 else ""
+        rows = f"({self.block_k}+{self.block_k2})" if self.block_k2 else str(self.block_k)
+        size = f"{box}*{rows}*{self.block_c}"
         return f"{self.formulation} {size}{flat}{splits} w{self.num_warps} s{self.num_stages}"
 
 
@@ -67,6 +77,14 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
     for name, extent in extents.items():
         if extent < 16 or extent != power_of_two(extent):
             return f"{name}={extent} must be a power of two of at least 16"
+    if tile.block_k2 and (tile.block_k2 != power_of_two(tile.block_k2) or not 16 <= tile.block_k2 < tile.block_k):
+        return f"block_k2={tile.block_k2} must be 0 or a power of two of at least 16, below block_k={tile.block_k}"
+    if tile.splits < 1 or tile.tail < 0:
+        return f"splits={tile.splits} must be at least 1 and tail={tile.tail} at least 0"
+    if (tile.block_k2 or (tile.splits > 1 and pass_ != "wgrad")) and tile.formulation == "gather":
+        return "formulation='gather' has no second product and no splits"
+    if tile.block_k2 and pass_ == "wgrad":
+        return "block_k2 is not for wgrad"
     if max(tile.block_k * tile.pixels, max(tile.block_k, tile.pixels) * tile.block_c) > MAX_NUMEL:
         return f"{tile} has a block of more than {MAX_NUMEL} elements"
     if tile.formulation == "gather":

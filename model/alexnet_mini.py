@@ -49,3 +49,13 @@ class AlexNetMini(AlexNet):
         for module in self.features:
             if isinstance(module, nn.Conv2d):
                 module.weight = nn.Parameter(module.weight.detach().to(memory_format=torch.channels_last))
+
+    def reset_parameters(self) -> None:
+        """AlexNet's weights (He et al.), but biases of zero and a last layer so small that training starts calmly."""
+        super().reset_parameters()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        last = self.classifier[6]
+        assert isinstance(last, nn.Linear)
+        nn.init.normal_(last.weight, std=0.01)  # as in the AlexNet paper

@@ -81,10 +81,11 @@ def draw(record: dict[str, Any]) -> bytes:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_xlim(0, epochs[-1] + 0.3)
             axes.legend(loc="upper right" if number == "loss" else "lower right")
-        left.set_ylim(bottom=0)
+        # The first steps of an untrained network would leave the rest no height.
+        left.set_ylim(0, 1.25 * max(max(row["train_loss"], row["kept_loss"]) for row in rows))
         right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         best = rows[-1]["kept_accuracy"]
-        right.annotate(f"{100 * best:.1f} %", (epochs[-1], best), xytext=(0, 6), textcoords="offset points",
+        right.annotate(f"{100 * best:.1f} %", (epochs[-1], best), xytext=(0, -14), textcoords="offset points",
                        ha="right", color=KEPT, weight="bold")  # fmt: skip
         figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     return buffer.getvalue()
@@ -114,14 +115,15 @@ def render(record: dict[str, Any], figure: str) -> str:
         f"# Training {title}",
         "",
         f"**{100 * last['kept_accuracy']:.1f} % of the {data['kept']:,} kept pictures are named right** "
-        f"({right:,}) after {len(rows)} epochs on {data['train']:,} others. The kept pictures were never trained on, "
-        "and no setting was changed during the run; the number is that of the last epoch, not of the best.",
+        f"({right:,}) after {len(rows)} epochs on {data['train']:,} others. The number is that of the last epoch, "
+        "not of the best. The kept pictures were never trained on; but there is no third set, so settings that were "
+        "tried out were tried out on them.",
         "",
         f"![Loss and accuracy of training and kept pictures over {len(rows)} epochs]({figure})",
         "",
         "Forward and backward of every layer ran on tileconv's kernels; the loss and SGD are PyTorch's.",
         "",
-        f"- **Ran on**: {record['device']}, {record['processes']} process(es)",
+        f"- **Ran on**: {record['device']}, {counted(record['processes'], 'process')}",
         f"- **Wall time**: {record[seconds]:,.0f} s"
         + (" in the interpreter. It says nothing about the speed on a GPU." if record["interpreter"] else ""),
         f"- **Network**: {record['parameters']:,} parameters",
@@ -144,7 +146,7 @@ def render(record: dict[str, Any], figure: str) -> str:
         "Training numbers are means over the steps of an epoch, each taken before the weights are updated"
         + (" and on changed pictures, which are harder." if settings["augment"] else "."),
         "",
-        "The same run again, with the same losses:",
+        "The same run again; with these versions on such a machine, the same losses too:",
         "```sh",
         f"tileconv train {' '.join(options)} --out runs",
         "```",
@@ -153,6 +155,10 @@ def render(record: dict[str, Any], figure: str) -> str:
 
 
 COMMAND = ("model", "data", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "seed")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def write(path: Path, content: bytes) -> None:

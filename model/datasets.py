@@ -127,8 +127,9 @@ class Pictures(Images):
                 shift: npt.NDArray[np.float32] = LIGHT_VECTORS @ (light * LIGHT_VALUES)
                 values = values + shift
         mean, std = (MEAN, STD) if self.channels == 3 else (GREY_MEAN, GREY_STD)
-        values = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
-        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))), int(self.labels[index])
+        picture = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+        picture = (picture - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        return picture, int(self.labels[index])
 
     def _cut(self, values: npt.NDArray[np.float32], top: int, left: int) -> npt.NDArray[np.float32]:
         return values[top : top + self.size, left : left + self.size]

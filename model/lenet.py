@@ -41,6 +41,9 @@ class LeNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
+        nn.init.normal_(
+            self.fc3.weight, std=0.01
+        )  # an untrained network is sure of nothing: its loss is log(num_classes)
         for conv in (self.conv1, self.conv2):
             conv.weight = nn.Parameter(conv.weight.detach().to(memory_format=torch.channels_last))
 

@@ -173,10 +173,13 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 @contextmanager
 def shown(trainer: Trainer, console: Console) -> Iterator[Callable[[Trainer], None]]:
     """A bar for the running epoch on a terminal, and a line for every epoch; elsewhere lines only."""
+    from tileconv.model import curve
+
     data, settings = trainer.data, trainer.settings
     console.print(
         f"{settings.model} on {data.name}: {len(data.train):,} pictures to train on, {len(data.kept):,} kept, "
-        f"{settings.epochs} epochs of {trainer.steps} steps, {trainer.world.size} process(es)"
+        f"{curve.counted(settings.epochs, 'epoch')} of {curve.counted(trainer.steps, 'step')}, "
+        f"{curve.counted(trainer.world.size, 'process')}"
     )
     if trainer.progress.losses:
         console.print(f"resumed after epoch {trainer.progress.epoch}, step {trainer.progress.step}")

@@ -125,10 +125,15 @@ def saved(layer: nn.Module) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
+def reset(layer: modules.Conv2d) -> modules.Conv2d:
+    layer.reset_parameters()
+    return layer
+
+
 LAYOUTS: dict[str, Callable[[modules.Conv2d], Any]] = {
     "constructor": lambda m: m,
-    "reset_parameters": lambda m: m.reset_parameters() or m,
-    "contiguous": lambda m: m.to(memory_format=torch.contiguous_format),
+    "reset_parameters": reset,
+    "contiguous": lambda m: m.to(memory_format=torch.contiguous_format),  # type: ignore[call-overload]
     "dtype": lambda m: m.half(),
     "deepcopy": copy.deepcopy,
     "pickle": saved,
@@ -151,7 +156,7 @@ def test_weight_is_channels_last_after(way: str) -> None:
 def test_weight_stays_the_same_parameter() -> None:
     layer = modules.Conv2d(3, 4, 3)
     before = layer.weight, layer.weight.detach().clone()
-    layer.to(memory_format=torch.contiguous_format)
+    layer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     assert layer.weight is before[0]
     assert torch.equal(layer.weight, before[1])
 

@@ -32,15 +32,55 @@ def _bias_and_activation(acc, bias, g, k, K, HAS_BIAS: tl.constexpr, ACTIVATION:
     return acc
 
 
+@triton.jit
+def _box_origin(
+    t, N, P, Q, K, GROUPS: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    # Filters vary fastest: neighbouring programs read the same pixels.
+    n_k = tl.cdiv(K, ROWS)
+    k0 = (t % n_k) * ROWS
+    t = t // n_k
+    g = t % GROUPS
+    t = t // GROUPS
+    n_q = tl.cdiv(Q, BOX_W)
+    q = (t % n_q) * BOX_W
+    t = t // n_q
+    n_p = tl.cdiv(P, BOX_H)
+    p = (t % n_p) * BOX_H
+    n = (t // n_p) * BOX_N
+    return k0, g, n, p, q
+
+
+@triton.jit
+def _store_pixels(
+    y, out, i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
+    BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+):  # fmt: skip
+    # out[k, i] for filters k of group g and flat pixels i of the box at (n, p, q).
+    i_n = n + i // (BOX_H * BOX_W)
+    i_p = p + (i // BOX_W) % BOX_H
+    i_q = q + i % BOX_W
+    pixels = i_n.to(tl.int64) * stride_yn + i_p.to(tl.int64) * stride_yp + i_q.to(tl.int64) * stride_yq
+    inside = (i_n < N) & (i_p < P) & (i_q < Q)
+    rows = (g * K + k).to(tl.int64) * stride_yk
+    tl.store(y + rows[:, None] + pixels[None, :], out, mask=(k < K)[:, None] & inside[None, :])
+
+
 # GEMM_M: filters of one group.  GEMM_N: output pixels, a [BOX_N, BOX_H, BOX_W] box of them.
 # GEMM_K: (r, s, c), taps that lie outside the image for the whole box are skipped.
 # With BOX_H = BOX_W = 1 ("pixel") a box never straddles the border, and stride only moves a coordinate.
+# Programs from FULL on share the depth of a tile between SPLITS of them; fprop_finish adds what they leave in `parts`.
 @triton.jit
 def fprop_box(
     x,  # descriptor of [N, H, W, (GROUPS,) C], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_C]
     w,  # descriptor of the filters as a matrix: [rows, taps * C], box [BLOCK_K, BLOCK_C]; turned if TRANSPOSED
+    w2,  # the same with a box of BLOCK_K2 rows, or None
     y,  # descriptor of [N, P, Q, (GROUPS,) K], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_K]; a pointer if not STORE_BOX
+    y2,  # the same with a box of BLOCK_K2 filters, or None
     bias,  # pointer to [GROUPS * K], or None
+    parts,  # pointer to [tiles from FULL on, SPLITS, BLOCK_K + BLOCK_K2, pixels of a box], or None
+    FULL,
     N,
     H,
     W,
@@ -68,6 +108,7 @@ def fprop_box(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORE_BOX: tl.constexpr,
+    SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     OUT: tl.constexpr,
@@ -75,21 +116,20 @@ def fprop_box(
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_K2: tl.constexpr,  # filters of a second product on the same pixels: 128 + 64 wastes no column of 192 or 384
     BLOCK_C: tl.constexpr,
 ):
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    ROWS: tl.constexpr = BLOCK_K + BLOCK_K2
     t = tl.program_id(0)
-    n_k = tl.cdiv(K, BLOCK_K)
-    k0 = (t % n_k) * BLOCK_K
-    t = t // n_k
-    g = t % GROUPS
-    t = t // GROUPS
-    n_q = tl.cdiv(Q, BOX_W)
-    q = (t % n_q) * BOX_W
-    t = t // n_q
-    n_p = tl.cdiv(P, BOX_H)
-    p = (t % n_p) * BOX_H
-    n = (t // n_p) * BOX_N
+    part = 0
+    shares = 1
+    if SPLITS > 1:
+        if t >= FULL:
+            part = (t - FULL) % SPLITS
+            shares = SPLITS
+            t = FULL + (t - FULL) // SPLITS
+    k0, g, n, p, q = _box_origin(t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W, ROWS)
     h0 = p * stride_h - pad_h
     w0 = q * stride_w - pad_w
     # cdiv rounds towards zero for negatives; the outer maximum makes that harmless.
@@ -97,9 +137,20 @@ def fprop_box(
     r_hi = tl.minimum(R, tl.maximum(0, tl.cdiv(H - h0, DIL_H)))
     s_lo = tl.maximum(0, tl.cdiv(1 - BOX_W - w0, DIL_W))
     s_hi = tl.minimum(S, tl.maximum(0, tl.cdiv(W - w0, DIL_W)))
-    steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * tl.cdiv(C, BLOCK_C)
-    acc = tl.zeros((BLOCK_K, PIXELS), ACC)
+    n_c = tl.cdiv(C, BLOCK_C)
+    steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * n_c
     c, s, r = 0, s_lo, r_lo
+    if SPLITS > 1:
+        share = tl.cdiv(steps, shares)
+        begin = part * share
+        steps = tl.minimum(share, steps - begin)
+        n_s = tl.maximum(s_hi - s_lo, 1)
+        c = begin % n_c * BLOCK_C
+        s = s_lo + begin // n_c % n_s
+        r = r_lo + begin // n_c // n_s
+    acc = tl.zeros((BLOCK_K, PIXELS), ACC)
+    if BLOCK_K2:
+        acc2 = tl.zeros((BLOCK_K2, PIXELS), ACC)
     for _ in tl.range(0, steps):  # one flat loop: it pipelines across taps
         if GROUPS == 1:
             box = x.load([n, h0 + r * DIL_H, w0 + s * DIL_W, c]).reshape(PIXELS, BLOCK_C)
@@ -111,24 +162,96 @@ def fprop_box(
         else:
             filters = w.load([g * K + k0, tap * C + c])
         acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        if BLOCK_K2:
+            if TRANSPOSED:
+                filters = w2.load([g * C + c, tap * K + k0 + BLOCK_K]).T
+            else:
+                filters = w2.load([g * K + k0 + BLOCK_K, tap * C + c])
+            acc2 = tl.dot(filters, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
         c, s, r = _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
+    if SPLITS > 1:
+        if shares > 1:
+            i = tl.arange(0, PIXELS)
+            slot = parts + ((t - FULL).to(tl.int64) * SPLITS + part) * (ROWS * PIXELS)
+            tl.store(slot + (tl.arange(0, BLOCK_K) * PIXELS)[:, None] + i[None, :], acc)
+            if BLOCK_K2:
+                tl.store(slot + ((BLOCK_K + tl.arange(0, BLOCK_K2)) * PIXELS)[:, None] + i[None, :], acc2)
+            return
     k = k0 + tl.arange(0, BLOCK_K)
     acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
-    if STORE_BOX:
-        out = acc.to(OUT).T
-        if GROUPS == 1:
-            y.store([n, p, q, k0], out.reshape(BOX_N, BOX_H, BOX_W, BLOCK_K))
-        else:
-            y.store([n, p, q, g, k0], out.reshape(BOX_N, BOX_H, BOX_W, 1, BLOCK_K))
+    _store_box(
+        y, acc.to(OUT), k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
+        GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K,
+    )  # fmt: skip
+    if BLOCK_K2:
+        k = k0 + BLOCK_K + tl.arange(0, BLOCK_K2)
+        acc2 = _bias_and_activation(acc2, bias, g, k, K, HAS_BIAS, ACTIVATION)
+        _store_box(
+            y2, acc2.to(OUT), k0 + BLOCK_K, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
+            GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_box(
+    y, out, k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, GROUPS: tl.constexpr,
+    STORE_BOX: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    if not STORE_BOX:
+        k = k0 + tl.arange(0, ROWS)
+        i = tl.arange(0, BOX_N * BOX_H * BOX_W)
+        _store_pixels(
+            y, out, i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W
+        )  # fmt: skip
+    elif GROUPS == 1:
+        y.store([n, p, q, k0], out.T.reshape(BOX_N, BOX_H, BOX_W, ROWS))
     else:
-        i = tl.arange(0, PIXELS)
-        i_n = n + i // (BOX_H * BOX_W)
-        i_p = p + (i // BOX_W) % BOX_H
-        i_q = q + i % BOX_W
-        pixels = i_n.to(tl.int64) * stride_yn + i_p.to(tl.int64) * stride_yp + i_q.to(tl.int64) * stride_yq
-        inside = (i_n < N) & (i_p < P) & (i_q < Q)
-        rows = (g * K + k).to(tl.int64) * stride_yk
-        tl.store(y + rows[:, None] + pixels[None, :], acc.to(OUT), mask=(k < K)[:, None] & inside[None, :])
+        y.store([n, p, q, g, k0], out.T.reshape(BOX_N, BOX_H, BOX_W, 1, ROWS))
+
+
+# y[k, pixel] = activation(bias + parts[0] + parts[1] + ...), always in this order, for the tiles that were shared.
+@triton.jit
+def fprop_finish(
+    parts,  # pointer to [tiles from FULL on, SPLITS, ROWS, pixels of a box]
+    y,  # pointer
+    bias,
+    FULL,
+    N,
+    P,
+    Q,
+    K,
+    stride_yn,
+    stride_yp,
+    stride_yq,
+    stride_yk,
+    GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    OUT: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # divides ROWS
+    BLOCK_P: tl.constexpr,  # divides the pixels of a box
+):
+    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    BLOCKS: tl.constexpr = (ROWS // BLOCK_K) * (PIXELS // BLOCK_P)
+    t = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    row = block % (ROWS // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+    i = block // (ROWS // BLOCK_K) * BLOCK_P + tl.arange(0, BLOCK_P)
+    k0, g, n, p, q = _box_origin(FULL + t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W, ROWS)
+    slot = parts + t.to(tl.int64) * (SPLITS * ROWS * PIXELS)
+    acc = tl.zeros((BLOCK_K, BLOCK_P), parts.dtype.element_ty)
+    for part in tl.range(SPLITS):
+        acc += tl.load(slot + part * (ROWS * PIXELS) + (row * PIXELS)[:, None] + i[None, :])
+    k = k0 + row
+    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    _store_pixels(
+        y, acc.to(OUT), i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W
+    )  # fmt: skip
 
 
 # GEMM_M: filters of one group.  GEMM_N: flat output pixels (n, p, q).  GEMM_K: (r, s, c).

@@ -42,7 +42,6 @@ def plan_fprop(
         rest = plan_fprop(blocks, x, w, bias, y, gpu=gpu, activation=activation, precision=precision)
         return [first, second, *rest]
     tile = tiles.choose(problem, "dgrad" if filters.transposed else "fprop", x.dtype, precision, gpu)
-    plan = _plan_gather if tile.formulation == "gather" else _plan_box
     common: dict[str, Any] = {
         "bias": bias, "N": problem.N, "H": problem.H, "W": problem.W, "P": problem.P, "Q": problem.Q,
         "C": problem.group_channels, "K": problem.group_filters,
@@ -53,7 +52,9 @@ def plan_fprop(
         "ACC": accumulator(x.dtype), "OUT": TRITON_TYPE[y.dtype],
         "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
-    return [plan(problem, filters, tile, x, w, y, common)]
+    if tile.formulation == "gather":
+        return [_plan_gather(problem, filters, tile, x, w, y, common)]
+    return _plan_box(problem, filters, tile, x, w, y, common, gpu)
 
 
 def plan_dgrad(
@@ -140,27 +141,57 @@ def _slices(splits: int, dw: torch.Tensor) -> torch.Tensor:
 
 def _plan_box(
     problem: Conv2dProblem, filters: Filters, tile: tiles.ConvTile,
-    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any],
-) -> Launch:  # fmt: skip
+    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any], gpu: GPU,
+) -> list[Launch]:  # fmt: skip
     matrix = _filter_matrix(w)
     transposed = filters.transposed
     if transposed and w.itemsize == 4:
         # Tensor cores read 4-byte operands along the depth only: without this copy they wait for a turn in registers.
         matrix = w.unflatten(0, (problem.groups, -1)).permute(0, 2, 3, 4, 1).reshape(problem.K, -1).contiguous()
         transposed = False
-    box = (tile.block_c, tile.block_k) if transposed else (tile.block_k, tile.block_c)
+
+    def filter_box(rows: int) -> TensorDescriptor | None:
+        box = [tile.block_c, rows] if transposed else [rows, tile.block_c]
+        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box) if rows else None
+
     store_box = _describable(y, problem.groups)
-    arguments = {
-        "x": _image_descriptor(_for_descriptor(x, problem.groups), problem.groups, tile.box, tile.block_c),
-        "w": TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(box)),
-        "y": _image_descriptor(y, problem.groups, tile.box, tile.block_k) if store_box else y,
-        "stride_h": problem.stride[0], "stride_w": problem.stride[1],
-        "TRANSPOSED": transposed, "STORE_BOX": store_box,
-        "BOX_N": tile.box[0], "BOX_H": tile.box[1], "BOX_W": tile.box[2], **common,
-    }  # fmt: skip
+
+    def output_box(rows: int) -> TensorDescriptor | torch.Tensor | None:
+        if not rows:
+            return None
+        return _image_descriptor(y, problem.groups, tile.box, rows) if store_box else y
+
     boxes = [triton.cdiv(e, b) for e, b in zip((problem.N, problem.P, problem.Q), tile.box, strict=True)]
-    programs = math.prod(boxes) * problem.groups * triton.cdiv(problem.group_filters, tile.block_k)
-    return Launch(device.fprop_box, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))
+    programs = math.prod(boxes) * problem.groups * triton.cdiv(problem.group_filters, tile.rows)
+    shared = min(tile.tail or programs, programs) if tile.splits > 1 else 0
+    parts = None
+    if shared:
+        dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+        parts = torch.empty((shared, tile.splits, tile.rows, tile.pixels), dtype=dtype, device=y.device)
+    where = {"FULL": programs - shared, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
+             "BOX_W": tile.box[2]}  # fmt: skip
+    arguments = common | where | {
+        "x": _image_descriptor(_for_descriptor(x, problem.groups), problem.groups, tile.box, tile.block_c),
+        "w": filter_box(tile.block_k), "w2": filter_box(tile.block_k2),
+        "y": output_box(tile.block_k), "y2": output_box(tile.block_k2), "parts": parts,
+        "stride_h": problem.stride[0], "stride_w": problem.stride[1],
+        "TRANSPOSED": transposed, "STORE_BOX": store_box, "BLOCK_K2": tile.block_k2,
+    }  # fmt: skip
+    grid = programs + shared * (tile.splits - 1)
+    first = Launch(device.fprop_box, (grid,), arguments, tile.num_warps, tile.num_stages, str(tile))
+    return [first] if parts is None else [first, _plan_finish(tile, parts, y, common | where, gpu)]
+
+
+def _plan_finish(tile: tiles.ConvTile, parts: torch.Tensor, y: torch.Tensor, known: dict[str, Any], gpu: GPU) -> Launch:
+    """The launch that adds the parts of shared tiles and finishes them as a whole tile would."""
+    block_k = math.gcd(tile.rows, 1024 if gpu.interprets else 64)
+    block_p = tile.pixels if gpu.interprets else min(tile.pixels, 64)
+    names = ("bias", "FULL", "N", "P", "Q", "K", "stride_yn", "stride_yp", "stride_yq", "stride_yk", "GROUPS", "SPLITS",
+             "HAS_BIAS", "ACTIVATION", "OUT", "BOX_N", "BOX_H", "BOX_W")  # fmt: skip
+    arguments = {name: known[name] for name in names}
+    arguments |= {"parts": parts, "y": y, "ROWS": tile.rows, "BLOCK_K": block_k, "BLOCK_P": block_p}
+    programs = parts.shape[0] * (tile.rows // block_k) * (tile.pixels // block_p)
+    return Launch(device.fprop_finish, (programs,), arguments, 4, 1, f"{block_k}x{block_p}")
 
 
 def _plan_gather(
