@@ -1,15 +1,15 @@
-"""Suites as data: which layers, passes and shapes the bench looks at, and the launches that they turn into."""
+"""Cases as data: which layers, passes, dtypes and batch sizes the bench looks at, and the launches they turn into."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
+
+from .networks import SUITES, Shape, known, network_layers
 
 DTYPES = {
     "fp16": torch.float16,
@@ -25,11 +25,15 @@ EPS = {
     "fp32": 2.0**-23,
     "fp64": 2.0**-52,
 }
-SUITES = ("alexnet",)
-PASSES = ("fprop", "forward")
-PASS_OF = {"conv2d": "fprop", "linear": "fprop", "max_pool2d": "forward", "adaptive_avg_pool2d": "forward"}
-# The layers that AlexNet's forward pass leaves without a ReLU.
-LINEAR_OUTPUT = {"alexnet": {"fc8"}}
+PASSES = ("fprop", "dgrad", "wgrad", "forward", "backward")
+FORWARD = ("fprop", "forward")
+# "backward" of what multiplies is what precedes dgrad and wgrad: ReLU's mask and the bias gradient, in one kernel.
+PASSES_OF = {
+    "conv2d": ("fprop", "dgrad", "wgrad", "backward"),
+    "linear": ("fprop", "dgrad", "wgrad", "backward"),
+    "max_pool2d": ("forward", "backward"),
+    "adaptive_avg_pool2d": ("forward", "backward"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,50 +58,23 @@ class Case:
     def __str__(self) -> str:
         return f"{self.network}/{self.layer}/{self.pass_}/{self.dtype}/n{self.batch}"
 
-
-def known(argument: str, value: str, allowed: Iterable[str]) -> str:
-    """Return `value` if it is allowed; else ValueError with the nearest names."""
-    allowed = list(allowed)
-    if value in allowed:
-        return value
-    near = difflib.get_close_matches(value, allowed, n=3, cutoff=0.4)
-    hint = f"; nearest: {', '.join(near)}" if near else ""
-    raise ValueError(f"{argument}={value!r} is unknown{hint}. Allowed: {', '.join(allowed)}")
+    @property
+    def precision(self) -> str:
+        """What the kernels are told about 4-byte products."""
+        return "tf32" if self.dtype == "tf32" else "ieee"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A layer of a network: its operation, module (parameters on the meta device), input shape and fused activation."""
+def cases(
+    suite: str,
+    batch: int,
+    dtypes: Sequence[str] = ("fp16",),
+    passes: Sequence[str] = PASSES,
+    layers: Sequence[str] = (),
+) -> list[Case]:
+    """Every layer of a suite (or those named) in every dtype and pass asked for.
 
-    name: str
-    op: str
-    module: torch.nn.Module
-    input: tuple[int, ...]
-    activation: str | None
-
-
-@cache
-def network_layers(network: str, batch: int, size: int = 224) -> tuple[Shape, ...]:
-    """The layers of a network with the shapes that arrive at them; nothing is computed."""
-    from tileconv.model.alexnet import AlexNet, layers
-
-    known("network", network, SUITES)
-    with torch.device("meta"):
-        model = AlexNet().eval()
-        x = torch.empty(batch, 3, size, size)
-    found = []
-    for layer in layers(model):
-        shape = tuple(x.flatten(1).shape) if layer.op == "linear" else tuple(x.shape)
-        relu = layer.op in ("conv2d", "linear") and layer.name not in LINEAR_OUTPUT[network]
-        found.append(Shape(layer.name, layer.op, layer.module, shape, "relu" if relu else None))
-        x = layer.reference(x)
-    return tuple(found)
-
-
-def cases(suite: str, batch: int, dtypes: Sequence[str] = ("fp16",), passes: Sequence[str] = PASSES) -> list[Case]:
-    """Every layer of a suite in every dtype and pass asked for.
-
-    Raises ValueError, with the nearest names, for an unknown suite, dtype or pass, and for a batch below 1.
+    The first layer has no dgrad: nobody asks for an image's gradient.  Operations without kernels are left out.  Raises
+    ValueError, with the nearest names, for an unknown suite, dtype, pass or layer, and for a batch below 1.
     """
     known("suite", suite, SUITES)
     for dtype in dtypes:
@@ -106,11 +83,17 @@ def cases(suite: str, batch: int, dtypes: Sequence[str] = ("fp16",), passes: Seq
         known("pass", name, PASSES)
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1")
+    shapes = [shape for shape in network_layers(suite, batch) if shape.op in PASSES_OF]
+    for layer in layers:
+        known("layer", layer, [shape.name for shape in shapes])
     return [
-        Case(suite, shape.name, PASS_OF[shape.op], batch, dtype)
+        Case(suite, shape.name, pass_, batch, dtype)
         for dtype in dtypes
-        for shape in network_layers(suite, batch)
-        if PASS_OF[shape.op] in passes
+        for pass_ in dict.fromkeys(passes)
+        for shape in shapes
+        if pass_ in PASSES_OF[shape.op]
+        and not (shape.reads_image and pass_ == "dgrad")
+        and (not layers or shape.name in layers)
     ]
 
 
@@ -123,7 +106,10 @@ def shape_of(case: Case) -> Shape:
 def flops_of(case: Case) -> int | None:
     """Multiplications and additions of a case; None for what does not multiply."""
     shape = shape_of(case)
-    return conv_problem(shape).flops if shape.op in ("conv2d", "linear") else None
+    if shape.op not in ("conv2d", "linear") or case.pass_ not in ("fprop", "dgrad", "wgrad"):
+        return None
+    flops: int = conv_problem(shape).flops
+    return flops
 
 
 def conv_problem(shape: Shape) -> Any:
@@ -143,46 +129,73 @@ def conv_problem(shape: Shape) -> Any:
     )  # fmt: skip
 
 
+def pool_problem(shape: Shape) -> Any:
+    """The Pool2dProblem of a max-pool, or the AdaptivePool2dProblem of an adaptive average."""
+    from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
+
+    m: Any = shape.module
+    n, c, h, w = shape.input
+    if shape.op == "max_pool2d":
+        return Pool2dProblem(n, c, h, w, _pair(m.kernel_size), _pair(m.stride), _pair(m.padding), _pair(m.dilation))
+    return AdaptivePool2dProblem(n, c, h, w, *_pair(m.output_size))
+
+
 def launches(case: Case, gpu: Any) -> list[Any]:
     """The launches that a call of this case makes on `gpu` (tileconv.kernels.hardware.GPU), on meta tensors.
 
-    Activations and weights are channels_last, the native layout.
+    Activations and weights are channels_last, the native layout; the images that a network reads are contiguous, as
+    data loaders give them.  Forward pools write switches, as in training.
     """
     shape = shape_of(case)
     dtype = DTYPES[known("dtype", case.dtype, DTYPES)]
     if shape.op in ("conv2d", "linear"):
-        return _conv_launches(shape, dtype, "tf32" if case.dtype == "tf32" else "ieee", gpu)
-    return _pool_launches(shape, dtype, gpu)
+        return _conv_launches(shape, case, dtype, gpu)
+    return _pool_launches(shape, case, dtype, gpu)
 
 
 def _image(dtype: torch.dtype, *extents: int) -> torch.Tensor:
     return torch.empty(extents, dtype=dtype, device="meta", memory_format=torch.channels_last)
 
 
-def _conv_launches(shape: Shape, dtype: torch.dtype, precision: str, gpu: Any) -> list[Any]:
-    from tileconv.kernels.launch import conv
+def _conv_launches(shape: Shape, case: Case, dtype: torch.dtype, gpu: Any) -> list[Any]:
+    from tileconv.kernels.launch import conv, pointwise
 
     problem = conv_problem(shape)
     x, w, y = (_image(dtype, *extents) for extents in (problem.x_shape, problem.w_shape, problem.y_shape))
+    if shape.reads_image:
+        x = x.contiguous()
     bias = torch.empty(problem.K, dtype=dtype, device="meta")
-    planned: list[Any] = conv.plan_fprop(
-        problem, x, w, bias, y, gpu=gpu, activation=shape.activation, precision=precision
-    )
+    planned: list[Any]
+    if case.pass_ == "fprop":
+        planned = conv.plan_fprop(
+            problem, x, w, bias, y, gpu=gpu, activation=shape.activation, precision=case.precision
+        )
+    elif case.pass_ == "dgrad":
+        planned = conv.plan_dgrad(problem, y, w, x, gpu=gpu, precision=case.precision)
+    elif case.pass_ == "wgrad":
+        planned = conv.plan_wgrad(problem, y, x, w, gpu=gpu, precision=case.precision)
+    else:
+        masks = shape.activation is not None
+        output, masked = (y, torch.empty_like(y)) if masks else (None, None)
+        planned = pointwise.plan_bias_backward(y, output, masked, bias, gpu=gpu)
     return planned
 
 
-def _pool_launches(shape: Shape, dtype: torch.dtype, gpu: Any) -> list[Any]:
-    from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
+def _pool_launches(shape: Shape, case: Case, dtype: torch.dtype, gpu: Any) -> list[Any]:
     from tileconv.kernels.launch import pool
 
-    m: Any = shape.module
-    n, c, h, w = shape.input
-    x = _image(dtype, *shape.input)
+    problem = pool_problem(shape)
+    n, c, *_ = shape.input
+    x, y = _image(dtype, *shape.input), _image(dtype, n, c, problem.P, problem.Q)
+    forward = case.pass_ == "forward"
     if shape.op == "max_pool2d":
-        problem = Pool2dProblem(n, c, h, w, _pair(m.kernel_size), _pair(m.stride), _pair(m.padding), _pair(m.dilation))
-        return [pool.plan_max_forward(problem, x, _image(dtype, *problem.y_shape), None, gpu=gpu)]
-    adaptive = AdaptivePool2dProblem(n, c, h, w, *_pair(m.output_size))
-    return [pool.plan_adaptive_avg_forward(adaptive, x, _image(dtype, n, c, adaptive.P, adaptive.Q), gpu=gpu)]
+        switch = torch.empty_like(y, dtype=pool.switch_dtype(problem))
+        if forward:
+            return [pool.plan_max_forward(problem, x, y, switch, gpu=gpu)]
+        return [pool.plan_max_backward(problem, y, switch, None, x, gpu=gpu)]
+    if forward:
+        return [pool.plan_adaptive_avg_forward(problem, x, y, gpu=gpu)]
+    return [pool.plan_adaptive_avg_backward(problem, y, x, gpu=gpu)]
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

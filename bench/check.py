@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
-from .cases import DTYPES, EPS, known
+from .cases import DTYPES, EPS
+from .networks import known
 from .records import finite
 from .workers import Progress, Task, run_tasks, serve
 
@@ -65,7 +66,7 @@ def tasks(batch: int, dtypes: Sequence[str]) -> list[Task]:
 
     Raises ValueError for an unknown dtype or a batch below 1.
     """
-    from .cases import network_layers
+    from .networks import network_layers
 
     for dtype in dtypes:
         known("dtype", dtype, DTYPES)

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from .cases import DTYPES, Case, Shape, flops_of, known, shape_of
+from .cases import DTYPES, Case, flops_of, shape_of
+from .networks import Shape, known
 from .check import budget, largest_difference
 from .records import Timing, finite
 from .timing import Quantiles, Timer

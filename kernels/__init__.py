@@ -12,6 +12,7 @@ from tileconv.kernels.functional import (  # noqa: E402
     conv2d,
     dropout,
     linear,
+    local_response_norm,
     max_pool2d,
     relu,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "dropout",
     "functional",
     "linear",
+    "local_response_norm",
     "max_pool2d",
     "relu",
     "tiles",

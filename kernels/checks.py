@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,15 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """One of a few values."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}: allowed are {', '.join(map(repr, allowed))}")
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number; bools are not numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: allowed are finite numbers")
+    return float(value)
 
 
 def probability(name: str, value: Any) -> float:

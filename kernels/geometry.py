@@ -32,6 +32,11 @@ def same_padding(window: int, dilation: int) -> Pair:
     return total // 2, total - total // 2
 
 
+def channel_window(channels: int, size: int) -> Pair:
+    """How many channels before and after its own a window of `size` reaches: PyTorch's, cut where none are left."""
+    return min(size // 2, channels - 1), min((size - 1) // 2, channels - 1)
+
+
 @dataclass(frozen=True)
 class Filters:
     """How a problem reads the filters [K, R, S, C/groups] of the layer it came from.

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -17,13 +17,18 @@ _interprets = False
 
 @dataclass(frozen=True)
 class GPU:
-    """What choosing a tile needs to know of a GPU.  Sizes in bytes."""
+    """What choosing a tile needs to know of a GPU.  Sizes in bytes, rates per second or per cycle of one SM."""
 
     name: str
     arch: int  # compute capability, major * 10 + minor; 0 for the interpreter
     sms: int
     shared_block: int  # shared memory that one block may use
     shared_sm: int
+    warps_sm: int = 48
+    clock: float = 1e9  # the one that the peak below is stated at
+    tensor_flops: int = 512  # of fp16 and bf16 with fp32 sums, a cycle; TF32 is half
+    dram: float = 1e12
+    l2: float = 2e12  # from L2 to all SMs
     interprets: bool = False
 
     @property
@@ -31,17 +36,29 @@ class GPU:
         """Tensor descriptors become TMA from sm_90 on; below, Triton lowers host descriptors to two-byte loads."""
         return self.interprets or self.arch >= 90
 
+    def peak(self, dtype: torch.dtype, precision: str) -> float:
+        """Floating-point operations a second of the unit that multiplies `dtype`."""
+        if dtype.itemsize == 2:
+            return self.clock * self.sms * self.tensor_flops
+        if dtype == torch.float32 and precision == "tf32":
+            return self.clock * self.sms * self.tensor_flops / 2
+        return self.clock * self.sms * 256 / (1 if dtype == torch.float32 else 2)
 
-# Shared memory and SM counts: NVIDIA's CUDA C++ programming guide (compute capabilities) and the products' data sheets.
+
+# Shared memory and warps: NVIDIA's CUDA C++ programming guide (compute capabilities).  SMs, clocks, tensor-core rates
+# and DRAM: the products' data sheets (H100 SXM 989 TFLOP/s and 3.35 TB/s, A100 80 GB 312 and 2.04, B200 2250 and 8, RTX
+# 3090 71, 4090 165, 5090 210).  L2 of the H100: Triton's 128x256 GEMM at 654 TFLOP/s draws 7.7 TB/s.  The L2 of the
+# others is not published: assumed are the H100's bytes a cycle and SM.
+_L2_BYTES = 33
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GPU("A100", 80, 108, 166_912, 167_936),
-        GPU("RTX 3090", 86, 82, 101_376, 102_400),
-        GPU("RTX 4090", 89, 128, 101_376, 102_400),
-        GPU("H100", 90, 132, 232_448, 233_472),
-        GPU("B200", 100, 148, 232_448, 233_472),
-        GPU("RTX 5090", 120, 170, 101_376, 102_400),
+        GPU("A100", 80, 108, 166_912, 167_936, 64, 1.41e9, 2048, 2.04e12, 108 * 1.41e9 * _L2_BYTES),
+        GPU("RTX 3090", 86, 82, 101_376, 102_400, 48, 1.695e9, 512, 0.936e12, 82 * 1.695e9 * _L2_BYTES),
+        GPU("RTX 4090", 89, 128, 101_376, 102_400, 48, 2.52e9, 512, 1.008e12, 128 * 2.52e9 * _L2_BYTES),
+        GPU("H100", 90, 132, 232_448, 233_472, 64, 1.83e9, 4096, 3.35e12, 8e12),
+        GPU("B200", 100, 148, 232_448, 233_472, 64, 1.85e9, 8192, 8e12, 148 * 1.85e9 * _L2_BYTES),
+        GPU("RTX 5090", 120, 170, 101_376, 102_400, 48, 2.407e9, 512, 1.792e12, 170 * 2.407e9 * _L2_BYTES),
     )
 }
 INTERPRETER = GPU("interpreter", 0, 1, 1 << 40, 1 << 40, interprets=True)
@@ -135,4 +152,5 @@ def _cuda_gpu(index: int) -> GPU:
     found = torch.cuda.get_device_properties(index)
     arch = found.major * 10 + found.minor
     like = gpu_of_arch(arch)
-    return GPU(found.name, like.arch, found.multi_processor_count, like.shared_block, like.shared_sm)
+    sms = found.multi_processor_count
+    return replace(like, name=found.name, sms=sms, l2=like.l2 * sms / like.sms)

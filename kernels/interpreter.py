@@ -411,7 +411,7 @@ def _watched(kind: str, pointers: int, mask: int | None, original: Any) -> Any:
         if _watchers:
             addresses = args[pointers].data
             if mask is not None:
-                addresses = addresses[np.broadcast_to(np.asarray(args[mask].data), addresses.shape)]
+                addresses = addresses[np.broadcast_to(np.asarray(args[mask].data, bool), addresses.shape)]
             _tell(kind, addresses.reshape(-1), _size(args[pointers].get_element_ty()))
         return original(self, *args, **kwargs)
 
@@ -474,7 +474,7 @@ def _gather(original: Any) -> Any:
         addresses, element = pointers.data, pointers.get_element_ty()
         dtype = stock._get_np_dtype(element)
         if addresses.size >= _FEW_ELEMENTS:
-            active = np.broadcast_to(np.asarray(mask.data), addresses.shape)
+            active = np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)
             everything = active.all()
             found = _elements(addresses if everything else addresses[active], dtype) if active.any() else None
             if found is not None and everything:
@@ -496,7 +496,7 @@ def _scatter(original: Any) -> Any:
     def create_masked_store(self: Any, pointers: Handle, value: Handle, mask: Any, *rest: Any, **named: Any) -> Any:
         addresses, data = pointers.data, value.data
         if addresses.size >= _FEW_ELEMENTS and data.shape == addresses.shape:
-            active = np.broadcast_to(np.asarray(mask.data), addresses.shape)
+            active = np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)
             everything = active.all()
             found = _elements(addresses if everything else addresses[active], data.dtype) if active.any() else None
             if found is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -10,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from tileconv.kernels import cost
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
 
@@ -26,7 +28,8 @@ class ConvTile:
     `block_c` is the depth of one step; `flat` steps through (r, s, c) flattened instead of through the channels.
     `block_k2` filters more share its pixels in a second product.  `splits` programs share the depth of a tile: of all
     tiles, or of the last `tail` ones, those that would leave most of the GPU idle in their wave.
-    In wgrad the box is the depth of a step, block_k x block_c is what a program makes, and `splits` share the pixels.
+    In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 or 2) taps, and `splits` share
+    the pixels.
     """
 
     formulation: str
@@ -39,6 +42,7 @@ class ConvTile:
     splits: int = 1
     block_k2: int = 0
     tail: int = 0
+    taps: int = 1
 
     @property
     def rows(self) -> int:
@@ -54,7 +58,7 @@ class ConvTile:
         flat = " flat" if self.flat else ""
         splits = (f" /{self.splits}" + (f" of {self.tail}" if self.tail else "")) if self.splits > 1 else ""
         rows = f"({self.block_k}+{self.block_k2})" if self.block_k2 else str(self.block_k)
-        size = f"{box}*{rows}*{self.block_c}"
+        size = f"{box}*{rows}*{self.block_c}" + (f"*{self.taps} taps" if self.taps > 1 else "")
         return f"{self.formulation} {size}{flat}{splits} w{self.num_warps} s{self.num_stages}"
 
 
@@ -83,8 +87,8 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
         return f"splits={tile.splits} must be at least 1 and tail={tile.tail} at least 0"
     if (tile.block_k2 or (tile.splits > 1 and pass_ != "wgrad")) and tile.formulation == "gather":
         return "formulation='gather' has no second product and no splits"
-    if tile.block_k2 and pass_ == "wgrad":
-        return "block_k2 is not for wgrad"
+    if tile.taps not in ((1, 2) if pass_ == "wgrad" and tile.formulation != "gather" else (1,)):
+        return f"taps={tile.taps}: allowed are 1, and 2 in wgrad where formulation is not gather"
     if max(tile.block_k * tile.pixels, max(tile.block_k, tile.pixels) * tile.block_c) > MAX_NUMEL:
         return f"{tile} has a block of more than {MAX_NUMEL} elements"
     if tile.formulation == "gather":
@@ -162,21 +166,16 @@ def choose(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: st
 def _choose(
     problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, formulation: object
 ) -> ConvTile:
-    if formulation is None:
-        formulation = _formulation(problem, pass_, dtype, gpu)
     if gpu.interprets:
-        return _interpreter_tile(problem, pass_, str(formulation))
-    if pass_ == "wgrad":
-        return _gpu_wgrad_tile(problem, str(formulation), dtype, precision, gpu)
-    return _gpu_tile(problem, str(formulation), dtype, precision, gpu)
+        return _interpreter_tile(problem, pass_, str(formulation or _interpreter_formulation(problem, pass_, dtype)))
+    return _best(problem, pass_, None if formulation is None else str(formulation), dtype, precision, gpu)
 
 
-def _formulation(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> str:
-    if not gpu.has_descriptors or not addressable(problem, pass_, dtype):
+def _interpreter_formulation(problem: Conv2dProblem, pass_: str, dtype: torch.dtype) -> str:
+    if not addressable(problem, pass_, dtype):
         return "gather"
-    one_pixel = problem.P * problem.Q == 1
-    # In the interpreter a program costs more than its arithmetic, so one program an output pixel is the slow way.
-    if one_pixel or (problem.N >= 64 and not gpu.interprets):
+    # A program costs more than its arithmetic there, so one program an output pixel is the slow way.
+    if problem.P * problem.Q == 1:
         return "pixel"
     return "box" if problem.stride == (1, 1) else "gather"
 
@@ -187,7 +186,7 @@ def _interpreter_tile(problem: Conv2dProblem, pass_: str, formulation: str) -> C
     flat = formulation == "gather" and (pass_ == "wgrad" or problem.group_channels < 16)
     depth = problem.taps * problem.group_channels if flat else problem.group_channels
     block_c = min(max(power_of_two(depth), 16), 1024)
-    pixels = min(4096, MAX_NUMEL // block_c)
+    pixels = min(16_384 if block_c <= 32 else 4096, MAX_NUMEL // block_c)
     if formulation == "pixel":
         box = (min(max(n, 16), pixels), 1, 1)
     elif formulation == "gather":
@@ -202,59 +201,159 @@ def _interpreter_tile(problem: Conv2dProblem, pass_: str, formulation: str) -> C
     return ConvTile(formulation, box, block_k, block_c, flat=flat)
 
 
-def _gpu_wgrad_tile(problem: Conv2dProblem, formulation: str, dtype: torch.dtype, precision: str, gpu: GPU) -> ConvTile:
-    channels = problem.group_channels * (problem.taps if formulation == "gather" else 1)
-    if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
-        tile = ConvTile(formulation, (16, 1, 1), 32, 32, 4, 2)
-    else:
-        depth = 64 // dtype.itemsize if formulation == "gather" else 128 // dtype.itemsize
-        block_k = 128 if problem.group_filters % 128 == 0 else 64 if problem.group_filters > 32 else 32
-        block_c = 128 if channels % 128 == 0 else 64 if channels > 32 else 32
-        warps = 8 if formulation == "gather" else 4
-        tile = ConvTile(formulation, (depth, 1, 1), block_k, block_c, warps, 3)
-    tile = replace(_with_box(tile, problem), flat=formulation == "gather")
-    taps = 1 if tile.flat else problem.taps
-    programs = -(-channels // tile.block_c) * -(-problem.group_filters // tile.block_k) * taps * problem.groups
-    steps = max(1, problem.N * problem.P * problem.Q // tile.pixels)
-    # Two programs an SM, as long as a split still has eight steps to pay for its slice.
-    return replace(tile, splits=max(1, min(-(-2 * gpu.sms // programs), steps // 8)))
-
-
-def _gpu_tile(problem: Conv2dProblem, formulation: str, dtype: torch.dtype, precision: str, gpu: GPU) -> ConvTile:
-    filters = problem.group_filters
-    if dtype == torch.float64:
-        return _with_box(ConvTile("gather", (32, 1, 1), 32, 16, 4, 2), problem)
-    if dtype == torch.float32 and precision == "ieee":  # FFMA: registers, not tensor cores, set the size
-        return _with_box(ConvTile(formulation, (64, 1, 1), 64, 16, 4, 2), problem)
-    depth = 64 // dtype.itemsize if formulation == "gather" else 128 // dtype.itemsize
-    # Whole columns beat wide tiles: 192 filters are three tiles of 64, not one and a half of 128.
-    block_k = 128 if filters % 128 == 0 or filters > 256 else 64 if filters > 32 else max(16, power_of_two(filters))
-    if formulation == "gather" and problem.group_channels < 16:
-        # Two-byte loads and their addresses fill the registers: 64 filters and 8 warps are the most without spills.
-        return ConvTile(formulation, (128, 1, 1), min(block_k, 64), 32, 8, 2, flat=True)
-    stages = 4 if gpu.shared_block > 200_000 or formulation == "gather" else 2
-    if dtype == torch.float32 and formulation == "gather":
-        block_k, stages = min(block_k, 64), 3
-    return _with_box(ConvTile(formulation, (128, 1, 1), block_k, depth, 4, stages), problem)
-
-
-def _with_box(tile: ConvTile, problem: Conv2dProblem) -> ConvTile:
-    """Shape the tile's pixels for its formulation: the box that wastes fewest pixels of a small batch."""
-    if tile.formulation == "gather":
-        return replace(tile, flat=problem.group_channels < 16)
-    if tile.formulation == "pixel":
-        return tile
-    boxes = [
-        (images, tile.pixels // images // columns, columns)
-        for images in _powers(min(power_of_two(problem.N), tile.pixels))
-        for columns in _powers(min(power_of_two(problem.Q), tile.pixels // images))
+def _best(
+    problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
+) -> ConvTile:
+    """The candidate with the least predicted time; of equals the first."""
+    valid = [
+        tile
+        for tile in candidates(problem, pass_, dtype, precision, gpu)
+        if formulation in (None, tile.formulation) and why_invalid(tile, problem, pass_, dtype, gpu) is None
     ]
+    if not valid:  # a formulation that was asked for and cannot run: choose() says why
+        return ConvTile(str(formulation), (64, 1, 1), 64, 32)
 
-    def covered(box: tuple[int, int, int]) -> int:
-        extents = zip((problem.N, problem.P, problem.Q), box, strict=True)
-        return math.prod(-(-extent // size) * size for extent, size in extents)
+    def time(tile: ConvTile) -> float:
+        predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
+        # Where most SMs idle, a step's latency decides, and of that the model knows least: ask for a tenth more.
+        return predicted.modelled_us * (1.1 if predicted.ctas < gpu.sms / 2 else 1.0)
 
-    return replace(tile, box=min(boxes, key=lambda box: (covered(box), box[0])))
+    return min(valid, key=time)
+
+
+def candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> list[ConvTile]:
+    """The tiles that a chooser weighs: those that compile to clean loops, see tests/test_inspect.py."""
+    if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
+        return _scalar_candidates(problem, pass_, dtype, gpu)
+    if not gpu.has_descriptors or not addressable(problem, pass_, dtype):
+        return _gather_candidates(problem, pass_, dtype, gpu)
+    tiles = _wgrad_candidates(problem, dtype, gpu) if pass_ == "wgrad" else _box_candidates(problem, dtype, gpu)
+    return tiles + _gather_candidates(problem, pass_, dtype, gpu)
+
+
+def _box_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    depth = 128 // dtype.itemsize
+    found = []
+    for pixels, (block_k, block_k2) in itertools.product((64, 128, 256, 512), ((64, 0), (128, 0), (256, 0), (128, 64))):
+        rows = block_k + block_k2
+        # Sums of 24,576 elements are the most that four warps hold without spilling (219 registers), twice that eight.
+        if rows * pixels > 49_152 or (rows > 64 and rows >= 2 * power_of_two(problem.group_filters)):
+            continue
+        warps = 4 if rows * pixels <= 24_576 else 8
+        stages = min(4, (gpu.shared_block - 2048) // ((rows + pixels) * 128))
+        if stages < 2:
+            continue
+        for box in _boxes(problem, pixels):
+            formulation = "pixel" if box[1:] == (1, 1) else "box"
+            tile = ConvTile(formulation, box, block_k, depth, warps, stages, block_k2=block_k2)
+            found += [tile, *_shared_depth(problem, tile, gpu)]
+            if stages == 4:  # fewer buffers may let one more program onto the SM
+                tile = replace(tile, num_stages=3)
+                found += [tile, *_shared_depth(problem, tile, gpu)]
+    return found
+
+
+def _boxes(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
+    """One pixel of many images, and the boxes that waste fewest pixels."""
+    images = min(power_of_two(problem.N), pixels)
+    found = [(pixels, 1, 1)] if images == pixels or problem.stride != (1, 1) or problem.P * problem.Q == 1 else []
+    if problem.stride != (1, 1):
+        return found
+    boxes = [
+        (n, pixels // n // columns, columns)
+        for n in _powers(images)
+        for columns in _powers(min(power_of_two(problem.Q), pixels // n))
+        if pixels // n // columns <= power_of_two(problem.P) and (n, columns) != (pixels, 1)
+    ]
+    return found + sorted(boxes, key=lambda box: (_covered(problem, box), -box[0], box[1]))[:3]
+
+
+def _covered(problem: Conv2dProblem, box: tuple[int, int, int]) -> int:
+    extents = zip((problem.N, problem.P, problem.Q), box, strict=True)
+    return math.prod(-(-extent // size) * size for extent, size in extents)
+
+
+def _shared_depth(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[ConvTile]:
+    """The tile with its depth shared: everywhere, or where the last wave would leave most SMs idle."""
+    boxes = _covered(problem, tile.box) // tile.pixels
+    programs = boxes * problem.groups * -(-problem.group_filters // tile.rows)
+    steps = problem.taps * -(-problem.group_channels // tile.block_c)
+    tail = programs % gpu.sms
+    found = [replace(tile, splits=splits) for splits in (2, 3, 4, 6, 8, 12, 16, 24, 32)
+             if steps >= 4 * splits and programs * splits <= 4 * gpu.sms]  # fmt: skip
+    if tail and programs > gpu.sms:
+        found += [replace(tile, splits=splits, tail=tail) for splits in (2, 3, 4, 6) if steps >= 4 * splits]
+    return found
+
+
+def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    depth = 128 // dtype.itemsize
+    found = []
+    rows_of = ((64, 0), (128, 0), (256, 0), (128, 64))
+    for (block_k, block_k2), block_c, taps in itertools.product(rows_of, (64, 128, 256), (1, 2)):
+        rows, columns = block_k + block_k2, block_c * taps
+        if rows * columns > 49_152 or (taps == 2 and problem.taps == 1):
+            continue
+        warps = 4 if rows * columns <= 24_576 else 8
+        stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128))
+        if stages < 2:
+            continue
+        for box in _boxes(problem, depth):
+            formulation = "pixel" if box[1:] == (1, 1) else "box"
+            tile = ConvTile(formulation, box, block_k, block_c, warps, stages, block_k2=block_k2, taps=taps)
+            found += [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)]
+    return found
+
+
+def _splits(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[int]:
+    """How many programs may share the pixels of one tile of a filter gradient: up to four waves, eight steps each."""
+    channels = problem.group_channels * (problem.taps if tile.flat else 1)
+    taps = 1 if tile.flat else -(-problem.taps // tile.taps)
+    programs = -(-channels // tile.block_c) * -(-problem.group_filters // tile.rows) * taps * problem.groups
+    steps = max(1, problem.N * problem.P * problem.Q // tile.pixels)
+    most = max(1, min(steps // 8, -(-4 * gpu.sms // programs)))
+    return sorted({*range(1, min(most, 12) + 1), *(1 << i for i in range(most.bit_length())), most})
+
+
+def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    depth = 64 // dtype.itemsize
+    stages = 4 if gpu.shared_block > 120_000 else 3
+    if pass_ == "wgrad":
+        tiles = [
+            ConvTile("gather", (depth, 1, 1), block_k, block_c, 8, 3, flat=True)
+            for block_k, block_c in itertools.product((32, 64, 128), (32, 64, 128))
+        ]
+        return [replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile, gpu)]
+    if problem.group_channels < 16:
+        # Two-byte loads and their addresses fill the registers: 64 filters and 8 warps are the most without spills.
+        return [ConvTile("gather", (128, 1, 1), block_k, 32, 8, 2, flat=True) for block_k in (16, 32, 64)]
+    tiles = [
+        ConvTile("gather", (pixels, 1, 1), block_k, depth, 4, stages)
+        for pixels, block_k in itertools.product((64, 128), (16, 32, 64, 128))
+    ]
+    most = 8192 if dtype == torch.float32 else 16_384
+    return [tile for tile in tiles if tile.block_k * tile.pixels <= most]
+
+
+def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    """fp64, and fp32 at its own precision: registers, not tensor cores, set the size."""
+    size = 32 if dtype == torch.float64 else 64
+    flat = pass_ == "wgrad" or problem.group_channels < 16
+    if pass_ == "wgrad":
+        gather = ConvTile("gather", (16, 1, 1), 32, 32, 4, 2, flat=True)
+        found = [replace(gather, splits=splits) for splits in _splits(problem, gather, gpu)]
+    else:
+        found = [ConvTile("gather", (size, 1, 1), size, 16, 4, 2, flat=flat)]
+    if not gpu.has_descriptors or not addressable(problem, pass_, dtype):
+        return found
+    depth, block_c = (16, 32) if pass_ == "wgrad" else (64, 16)
+    for box in _boxes(problem, depth):
+        formulation = "pixel" if box[1:] == (1, 1) else "box"
+        tile = ConvTile(formulation, box, 32 if pass_ == "wgrad" else 64, block_c, 4, 2)
+        found += (
+            [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)] if pass_ == "wgrad" else [tile]
+        )
+    return found
 
 
 def _powers(limit: int) -> list[int]:

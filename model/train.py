@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from tileconv.model.datasets import Data
     from tileconv.model.training import Settings, Trainer
 
-MODELS = {"lenet": (1, 32), "alexnet-mini": (3, 64)}
-"""Name -> channels and size of the pictures that a folder's are turned into."""
+MODELS = {"lenet": (1, 32, 0.05), "alexnet-mini": (3, 64, 0.01)}
+"""Name -> channels and size of the pictures that a folder's are turned into, and the learning rate unless given."""
 
 
 def train(
@@ -30,7 +30,7 @@ def train(
     data: Annotated[str, typer.Option(help="mnist5k, or a folder with one folder of pictures per class.")] = "mnist5k",
     epochs: Annotated[int, typer.Option(help="Passes over the training pictures.")] = 12,
     batch_size: Annotated[int, typer.Option(help="Pictures a step, in all processes together.")] = 64,
-    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 0.05,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate; default: the model's.")] = None,
     momentum: Annotated[float, typer.Option(help="Of SGD.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Of SGD.")] = 5e-4,
     schedule: Annotated[str, typer.Option(help="Of the learning rate: cosine, steps or constant.")] = "cosine",
@@ -58,8 +58,9 @@ def train(
         with processes() as device:
             pictures = load_data(data, model, image_size, seed if augment else None)
             settings = Settings(
-                model, pictures.name, pictures.size, epochs, batch_size, lr, momentum, weight_decay, schedule, augment,
-                seed,
+                model=model, data=pictures.name, image_size=pictures.size, epochs=epochs, batch_size=batch_size,
+                lr=MODELS[model][2] if lr is None else lr, momentum=momentum, weight_decay=weight_decay,
+                schedule=schedule, augment=augment, seed=seed,
             )  # fmt: skip
             trainer = Trainer(build(settings, pictures), pictures, settings, device, workers=workers)
             prepare(trainer, out, resume, report)
@@ -100,7 +101,7 @@ def load_data(data: str, model: str, image_size: int | None, seed: int | None) -
 
     if model not in MODELS:
         raise ValueError(f"model is {model!r}: allowed are {', '.join(MODELS)}")
-    channels, size = MODELS[model]
+    channels, size, _ = MODELS[model]
     if model == "lenet" and image_size not in (None, 28, 32):
         raise ValueError(f"image_size is {image_size}: lenet takes 28 and 32")
     if image_size is not None and image_size < 23:

@@ -15,6 +15,7 @@ from tileconv.kernels import hardware, reference, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 
 CHANNELS_LAST = torch.channels_last
+OPS = torch.ops.tileconv
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def test_splits_add_up_to_the_same_gradient() -> None:
         for splits in (2, 7):
             # splits belong to wgrad alone; the forward pass would refuse nothing, it ignores them
             with tiles.override(formulation=formulation, splits=splits, box=(16, 1, 1)):
-                dw = torch.ops.tileconv.conv2d_wgrad(dy, x, w.shape, (1, 1), (0, 0, 0, 0), (1, 1), 1, "ieee")
+                dw = OPS.conv2d_wgrad(dy, x, w.shape, (1, 1), (0, 0, 0, 0), (1, 1), 1, "ieee")
             assert reference.error(dw, exact[2]) <= 1e-5 * exact[2].abs().max().item()
 
 
@@ -174,6 +175,47 @@ def test_small_tiles_make_the_same_numbers_as_large_ones(formulation: str) -> No
     with tiles.override(formulation=formulation, box=box, block_k=32, block_c=16):
         y = tk.conv2d(x, w, b, padding=1)
     assert reference.error(y, exact) <= 1e-5 * exact.abs().max().item()
+
+
+SHARED = {
+    "all tiles in two": {"splits": 2},
+    "all tiles in five, some with nothing to do": {"splits": 5},
+    "the last three tiles in three": {"splits": 3, "tail": 3},
+    "a second product": {"block_k": 32, "block_k2": 16},
+    "a second product, shared": {"block_k": 32, "block_k2": 16, "splits": 2, "tail": 2},
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("tile", SHARED.values(), ids=SHARED)
+def test_shared_depth_and_second_products(tile: dict[str, Any], memory_format: Any, groups: int) -> None:
+    case = Case("", (3, 48, 5, 4), (112, 48 // groups, 3, 3))
+    x, w, b = operands(case, torch.float32, memory_format)
+    exact = F.relu(F.conv2d(x.double(), w.double(), b.double(), padding=1, groups=groups))
+    with tiles.override(**({"formulation": "box", "box": (2, 4, 2), "block_k": 64, "block_c": 16} | tile)):
+        y = tk.conv2d(x, w, b, padding=1, groups=groups, activation="relu")
+        again = tk.conv2d(x, w, b, padding=1, groups=groups, activation="relu")
+        dx = OPS.conv2d_dgrad(y, w, x.shape, (1, 1), (1,) * 4, (1, 1), groups, "ieee", memory_format == CHANNELS_LAST)
+    assert reference.error(y, exact) <= 1e-5 * exact.abs().max().item()
+    assert torch.equal(y, again)
+    exact = reference.conv2d_dgrad(y, w, x.shape, 1, 1, 1, groups)
+    assert reference.error(dx, exact) <= 1e-5 * exact.abs().max().item()
+
+
+@pytest.mark.parametrize("box", [(16, 1, 1), (2, 4, 2)], ids=["pixel", "box"])
+@pytest.mark.parametrize("tile", [{"taps": 2}, {"block_k2": 16}, {"taps": 2, "block_k2": 16, "splits": 3}], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_filter_gradients_of_two_taps_and_more_filters(stride: int, tile: dict[str, Any], box: Any) -> None:
+    if stride == 2 and box != (16, 1, 1):
+        pytest.skip("a box of several rows or columns needs stride 1")
+    x, w, _ = operands(Case("", (3, 24, 6, 5), (112, 24, 3, 3)), torch.float32)
+    dy = torch.randn(F.conv2d(x, w, None, stride, 1).shape)
+    formulation = "pixel" if box == (16, 1, 1) else "box"
+    with tiles.override(**({"formulation": formulation, "box": box, "block_k": 32, "block_c": 16} | tile)):
+        dw = OPS.conv2d_wgrad(dy, x, w.shape, (stride, stride), (1,) * 4, (1, 1), 1, "ieee")
+    exact = reference.conv2d_wgrad(x, dy, w.shape, stride, 1)
+    assert reference.error(dw, exact) <= 1e-5 * exact.abs().max().item()
 
 
 LAYOUTS = {

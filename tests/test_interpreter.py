@@ -601,3 +601,19 @@ from tileconv.kernels import interpreter
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert "RuntimeError: Triton" in done.stderr
     assert "InterpreterBuilder has no create_dot" in done.stderr
+
+
+@triton.jit
+def _store_under_a_scalar_condition(out, tap, K, ROWS: tl.constexpr, COLS: tl.constexpr):
+    k = tl.arange(0, ROWS)
+    mask = ((k < K) & (tap < 9))[:, None] & (tl.arange(0, COLS) < 40)[None, :]
+    places = out + k[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    tl.store(places, tl.load(places, mask=mask, other=0.0) + 1.0, mask=mask)
+
+
+def test_a_mask_made_with_a_scalar_is_a_mask_not_an_index() -> None:
+    out = torch.zeros(32, 64)
+    _store_under_a_scalar_condition[(1,)](out, 3, 24, ROWS=32, COLS=64)
+    want = torch.zeros(32, 64)
+    want[:24, :40] = 1
+    assert torch.equal(out, want)

@@ -362,12 +362,14 @@ def fprop_gather(
     tl.store(y + rows[:, None] + pixel_y[None, :], acc.to(OUT), mask=inside_k[:, None] & inside_y[None, :])
 
 
-# GEMM_M: filters of one group.  GEMM_N: channels of one group, for one tap (r, s).  GEMM_K: output pixels, of which
-# every split takes an equal run and writes its own slice of dw.  Pixels whose tap lies in the padding are skipped.
+# GEMM_M: filters of one group.  GEMM_N: channels of one group, for one tap (r, s) or two.  GEMM_K: output pixels, of
+# which every split takes an equal run and writes its own slice of dw; pixels whose taps lie in padding are skipped.
+# BLOCK_K2 more filters, and a second tap, share what is loaded: up to four products a step.
 @triton.jit
 def wgrad_box(
     x,  # descriptor of [N, H, W, (GROUPS,) C]; with PIXEL of [N, H * W * GROUPS * C], box [BOX_N, BLOCK_C]
     dy,  # descriptor of [N, P, Q, (GROUPS,) K]; with PIXEL of [N, P * Q * GROUPS * K], box [BOX_N, BLOCK_K]
+    dy2,  # the same with a box of BLOCK_K2 filters, or None
     dw,  # pointer to [SPLITS, GROUPS * K, R * S, C]
     N,
     H,
@@ -390,6 +392,7 @@ def wgrad_box(
     DIL_W: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
+    TAPS: tl.constexpr,  # 1 or 2
     PIXEL: tl.constexpr,  # one pixel of BOX_N images: no box straddles an edge, so both operands are matrices
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -397,27 +400,36 @@ def wgrad_box(
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_K2: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    ROWS: tl.constexpr = BLOCK_K + BLOCK_K2
     t = tl.program_id(0)
     n_c = tl.cdiv(C, BLOCK_C)
-    n_k = tl.cdiv(K, BLOCK_K)
-    k0 = (t % n_k) * BLOCK_K
+    n_k = tl.cdiv(K, ROWS)
+    n_t = tl.cdiv(R * S, TAPS)
+    k0 = (t % n_k) * ROWS
     t = t // n_k
     c0 = (t % n_c) * BLOCK_C
     t = t // n_c
-    tap = t % (R * S)
-    t = t // (R * S)
+    tap = (t % n_t) * TAPS
+    t = t // n_t
     g = t % GROUPS
     split = t // GROUPS
     h_tap = (tap // S) * DIL_H - pad_h
     w_tap = (tap % S) * DIL_W - pad_w
-    # Boxes [lo, hi) along p and q that hold a pixel whose input p * stride + h_tap is inside the image.
-    p_lo = tl.maximum(0, tl.cdiv(-h_tap, stride_h)) // BOX_H
-    p_hi = tl.cdiv(tl.minimum(P, tl.maximum(0, tl.cdiv(H - h_tap, stride_h))), BOX_H)
-    q_lo = tl.maximum(0, tl.cdiv(-w_tap, stride_w)) // BOX_W
-    q_hi = tl.cdiv(tl.minimum(Q, tl.maximum(0, tl.cdiv(W - w_tap, stride_w))), BOX_W)
+    p_lo, p_hi = _inside(h_tap, H, P, stride_h, BOX_H)
+    q_lo, q_hi = _inside(w_tap, W, Q, stride_w, BOX_W)
+    h_tap2 = h_tap
+    w_tap2 = w_tap
+    if TAPS == 2:
+        tap2 = tl.minimum(tap + 1, R * S - 1)  # an odd number of taps: the last one twice, and not stored again
+        h_tap2 = (tap2 // S) * DIL_H - pad_h
+        w_tap2 = (tap2 % S) * DIL_W - pad_w
+        lo, hi = _inside(h_tap2, H, P, stride_h, BOX_H)
+        p_lo, p_hi = tl.minimum(p_lo, lo), tl.maximum(p_hi, hi)
+        lo, hi = _inside(w_tap2, W, Q, stride_w, BOX_W)
+        q_lo, q_hi = tl.minimum(q_lo, lo), tl.maximum(q_hi, hi)
     n_n = tl.cdiv(N, BOX_N)
     n_q = tl.maximum(q_hi - q_lo, 1)
     steps = n_n * tl.maximum(q_hi - q_lo, 0) * tl.maximum(p_hi - p_lo, 0)
@@ -427,18 +439,39 @@ def wgrad_box(
     q = q_lo + (begin // n_n) % n_q
     p = p_lo + begin // n_n // n_q
     acc = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+    if BLOCK_K2:
+        low = tl.zeros((BLOCK_K2, BLOCK_C), ACC)
+    if TAPS == 2:
+        acc2 = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+        if BLOCK_K2:
+            low2 = tl.zeros((BLOCK_K2, BLOCK_C), ACC)
     for _ in tl.range(begin, tl.minimum(begin + share, steps)):
-        if PIXEL:
-            pixel_x = (p * stride_h + h_tap) * pitch_xh + (q * stride_w + w_tap) * pitch_xw
-            box = x.load([n, pixel_x + g * C + c0])
-            grad = dy.load([n, p * pitch_yp + q * pitch_yq + g * K + k0])
-        elif GROUPS == 1:
-            box = x.load([n, p * BOX_H + h_tap, q * BOX_W + w_tap, c0]).reshape(PIXELS, BLOCK_C)
-            grad = dy.load([n, p * BOX_H, q * BOX_W, k0]).reshape(PIXELS, BLOCK_K)
-        else:
-            box = x.load([n, p * BOX_H + h_tap, q * BOX_W + w_tap, g, c0]).reshape(PIXELS, BLOCK_C)
-            grad = dy.load([n, p * BOX_H, q * BOX_W, g, k0]).reshape(PIXELS, BLOCK_K)
+        grad = _pixel_load(
+            dy, n, p * BOX_H, q * BOX_W, g, k0, K, pitch_yp, pitch_yq, GROUPS, PIXEL, BOX_N * BOX_H * BOX_W, BLOCK_K
+        )
+        h = p * stride_h * BOX_H + h_tap
+        w = q * stride_w * BOX_W + w_tap
+        m = n
+        if TAPS == 2 and PIXEL:  # no box, so no border: images from N on read as zero
+            m = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), n, N)
+        box = _pixel_load(x, m, h, w, g, c0, C, pitch_xh, pitch_xw, GROUPS, PIXEL, BOX_N * BOX_H * BOX_W, BLOCK_C)
         acc = tl.dot(grad.T, box, acc, input_precision=PRECISION, out_dtype=ACC)
+        if BLOCK_K2:
+            grad2 = _pixel_load(
+                dy2, n, p * BOX_H, q * BOX_W, g, k0 + BLOCK_K, K, pitch_yp, pitch_yq, GROUPS, PIXEL,
+                BOX_N * BOX_H * BOX_W, BLOCK_K2,
+            )  # fmt: skip
+            low = tl.dot(grad2.T, box, low, input_precision=PRECISION, out_dtype=ACC)
+        if TAPS == 2:
+            h = p * stride_h * BOX_H + h_tap2
+            w = q * stride_w * BOX_W + w_tap2
+            m = n
+            if PIXEL:
+                m = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), n, N)
+            box = _pixel_load(x, m, h, w, g, c0, C, pitch_xh, pitch_xw, GROUPS, PIXEL, BOX_N * BOX_H * BOX_W, BLOCK_C)
+            acc2 = tl.dot(grad.T, box, acc2, input_precision=PRECISION, out_dtype=ACC)
+            if BLOCK_K2:
+                low2 = tl.dot(grad2.T, box, low2, input_precision=PRECISION, out_dtype=ACC)
         n += BOX_N
         wrap = n >= N
         n = tl.where(wrap, 0, n)
@@ -446,11 +479,44 @@ def wgrad_box(
         wrap = q >= q_hi
         q = tl.where(wrap, q_lo, q)
         p = tl.where(wrap, p + 1, p)
-    k = k0 + tl.arange(0, BLOCK_K)
     c = c0 + tl.arange(0, BLOCK_C)
-    rows = ((split * GROUPS + g).to(tl.int64) * K + k) * (R * S) + tap
-    inside = (k < K)[:, None] & (c < C)[None, :]
-    tl.store(dw + rows[:, None] * C + c[None, :], acc.to(dw.dtype.element_ty), mask=inside)
+    first = dw + (split * GROUPS + g).to(tl.int64) * K * (R * S) * C
+    _store_filters(first, acc, k0, K, c, C, tap, R * S, BLOCK_K)
+    if BLOCK_K2:
+        _store_filters(first, low, k0 + BLOCK_K, K, c, C, tap, R * S, BLOCK_K2)
+    if TAPS == 2:
+        _store_filters(first, acc2, k0, K, c, C, tap + 1, R * S, BLOCK_K)
+        if BLOCK_K2:
+            _store_filters(first, low2, k0 + BLOCK_K, K, c, C, tap + 1, R * S, BLOCK_K2)
+
+
+@triton.jit
+def _inside(tap, extent, outputs, stride, BOX: tl.constexpr):
+    # Boxes [lo, hi) of outputs p that hold one whose input p * stride + tap is inside the image.
+    lo = tl.maximum(0, tl.cdiv(-tap, stride)) // BOX
+    hi = tl.cdiv(tl.minimum(outputs, tl.maximum(0, tl.cdiv(extent - tap, stride))), BOX)
+    return lo, hi
+
+
+@triton.jit
+def _pixel_load(
+    image, n, h, w, g, c0, C, pitch_h, pitch_w, GROUPS: tl.constexpr, PIXEL: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if PIXEL:
+        box = image.load([n, h * pitch_h + w * pitch_w + g * C + c0])
+    elif GROUPS == 1:
+        box = image.load([n, h, w, c0]).reshape(PIXELS, BLOCK)
+    else:
+        box = image.load([n, h, w, g, c0]).reshape(PIXELS, BLOCK)
+    return box
+
+
+@triton.jit
+def _store_filters(dw, acc, k0, K, c, C, tap, TAPS_ALL: tl.constexpr, ROWS: tl.constexpr):
+    k = k0 + tl.arange(0, ROWS)
+    inside = ((k < K) & (tap < TAPS_ALL))[:, None] & (c < C)[None, :]
+    tl.store(dw + (k.to(tl.int64) * TAPS_ALL + tap)[:, None] * C + c[None, :], acc.to(dw.dtype.element_ty), mask=inside)
 
 
 # GEMM_M: filters of one group.  GEMM_N: (r, s, c) flattened.  GEMM_K: flat output pixels (n, p, q), split as above.

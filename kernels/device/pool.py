@@ -8,7 +8,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile(program, C, P, Q, HEIGHT, NHWC: tl.constexpr, INDEX: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def output_tile(
+    program, C, P, Q, HEIGHT, NHWC: tl.constexpr, INDEX: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     # HEIGHT is the number of rows.  Returns n, c, p, q, each broadcastable to [ROWS, COLS], and which are inside.
     WIDTH = C if NHWC else Q
     blocks = tl.cdiv(WIDTH, COLS)
@@ -65,7 +67,7 @@ def max_forward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    n, c, p, q, inside = _tile(tl.program_id(0), C, P, Q, HEIGHT, NHWC, INDEX, ROWS, COLS)
+    n, c, p, q, inside = output_tile(tl.program_id(0), C, P, Q, HEIGHT, NHWC, INDEX, ROWS, COLS)
     h0 = p * STRIDE_H - PAD_H
     w0 = q * STRIDE_W - PAD_W
     corner = x + n * stride_xn + c * stride_xc + h0.to(INDEX) * stride_xh + w0.to(INDEX) * stride_xw
@@ -130,7 +132,7 @@ def switch_to_index(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    n, c, p, q, inside = _tile(tl.program_id(0), C, P, Q, HEIGHT, NHWC, INDEX, ROWS, COLS)
+    n, c, p, q, inside = output_tile(tl.program_id(0), C, P, Q, HEIGHT, NHWC, INDEX, ROWS, COLS)
     at = n * stride_n + c * stride_c + p.to(INDEX) * stride_p + q.to(INDEX) * stride_q
     tap = tl.load(switch + at, mask=inside, other=0).to(tl.int32)
     h = p * STRIDE_H - PAD_H + tap // S * DIL_H
@@ -179,7 +181,7 @@ def max_backward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    n, c, h, w, inside = _tile(tl.program_id(0), C, H, W, HEIGHT, NHWC, INDEX, ROWS, COLS)
+    n, c, h, w, inside = output_tile(tl.program_id(0), C, H, W, HEIGHT, NHWC, INDEX, ROWS, COLS)
     grad_base = dy + n * stride_gn + c * stride_gc
     out_base = n * stride_yn + c * stride_yc
     acc = tl.zeros((ROWS, COLS), ACC)
@@ -235,7 +237,7 @@ def adaptive_avg_forward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    n, c, p, q, inside = _tile(tl.program_id(0), C, P, Q, HEIGHT, NHWC, INDEX, ROWS, COLS)
+    n, c, p, q, inside = output_tile(tl.program_id(0), C, P, Q, HEIGHT, NHWC, INDEX, ROWS, COLS)
     h0 = p * H // P
     h1 = ((p + 1) * H + P - 1) // P
     w0 = q * W // Q
@@ -280,7 +282,7 @@ def adaptive_avg_backward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    n, c, h, w, inside = _tile(tl.program_id(0), C, H, W, HEIGHT, NHWC, INDEX, ROWS, COLS)
+    n, c, h, w, inside = output_tile(tl.program_id(0), C, H, W, HEIGHT, NHWC, INDEX, ROWS, COLS)
     # The first window that ends beyond h: ceil((p + 1) * H / P) > h exactly where p >= floor(h * P / H).
     p0 = h * P // H
     q0 = w * Q // W

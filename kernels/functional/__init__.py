@@ -5,7 +5,8 @@ strides.  They raise TypeError or ValueError that names the argument, its value 
 """
 
 from tileconv.kernels.functional.conv import conv2d, linear
+from tileconv.kernels.functional.norm import local_response_norm
 from tileconv.kernels.functional.pointwise import dropout, relu
 from tileconv.kernels.functional.pool import adaptive_avg_pool2d, max_pool2d
 
-__all__ = ["adaptive_avg_pool2d", "conv2d", "dropout", "linear", "max_pool2d", "relu"]
+__all__ = ["adaptive_avg_pool2d", "conv2d", "dropout", "linear", "local_response_norm", "max_pool2d", "relu"]

@@ -106,12 +106,14 @@ def plan_wgrad(
         arguments |= {
             "x": describe(x, problem.groups, tile.box, tile.block_c),
             "dy": describe(dy, problem.groups, tile.box, tile.block_k),
+            "dy2": describe(dy, problem.groups, tile.box, tile.block_k2) if tile.block_k2 else None,
+            "TAPS": tile.taps, "BLOCK_K2": tile.block_k2,
             "pitch_xh": x.stride(2), "pitch_xw": x.stride(3), "pitch_yp": dy.stride(2), "pitch_yq": dy.stride(3),
             "stride_h": problem.stride[0], "stride_w": problem.stride[1], "PIXEL": tile.formulation == "pixel",
             "BOX_N": tile.box[0], "BOX_H": tile.box[1], "BOX_W": tile.box[2],
         }  # fmt: skip
-    taps = 1 if tile.formulation == "gather" else problem.taps
-    blocks = triton.cdiv(columns, tile.block_c) * triton.cdiv(problem.group_filters, tile.block_k)
+    taps = 1 if tile.formulation == "gather" else triton.cdiv(problem.taps, tile.taps)
+    blocks = triton.cdiv(columns, tile.block_c) * triton.cdiv(problem.group_filters, tile.rows)
     programs = blocks * taps * problem.groups * tile.splits
     launches = [Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]

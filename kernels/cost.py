@@ -1,0 +1,275 @@
+"""The cost model: problem, tile and GPU -> predicted time, and what bounds it.
+
+A launch is a number of programs with the same number of steps.  A step costs the largest of four: tensor cores, issue
+slots, shared memory, and L2 traffic, since without multicast every program reads its own operands.  Whole waves of
+programs run with all SMs sharing L2; the last, partial wave has more of it for each.  Filling the pipeline and writing
+the result add to that unless another program of the same SM hides them.  DRAM bounds the whole from below.
+
+The model cannot see bank conflicts, cache misses in L2, clock changes beyond one constant, or how well loads overlap.
+It is an upper bound made of published rates; `tests/test_cost.py` holds it to published GEMM speeds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tileconv.kernels.geometry import Conv2dProblem, Pair
+from tileconv.kernels.hardware import GPU
+
+TENSOR_LOAD = 0.80  # share of the data sheet's tensor-core rate that lasts under load (power)
+DRAM_LOAD = 0.92  # share of the data sheet's DRAM rate that a streaming kernel reaches
+L2_PORT = 64  # bytes a cycle that one SM can take from L2
+FILL_CYCLES = 900  # from a program's start to its first product: launch, descriptor and first loads
+LOAD_CYCLES = 800  # from asking for a box to having it; a pipeline hides it behind its other stages
+LAUNCH_US = 1.0  # a dependent kernel's start after another one, in a CUDA graph
+
+
+class Tile(Protocol):
+    """What the model reads of tiles.ConvTile."""
+
+    @property
+    def formulation(self) -> str: ...
+    @property
+    def box(self) -> tuple[int, int, int]: ...
+    @property
+    def block_k2(self) -> int: ...
+    @property
+    def block_c(self) -> int: ...
+    @property
+    def num_warps(self) -> int: ...
+    @property
+    def num_stages(self) -> int: ...
+    @property
+    def splits(self) -> int: ...
+    @property
+    def tail(self) -> int: ...
+    @property
+    def taps(self) -> int: ...
+    @property
+    def flat(self) -> bool: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def pixels(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Times in microseconds; bytes are requests to L2, `bytes_least` each operand once."""
+
+    modelled_us: float
+    floor_us: float
+    bound_by: str
+    tensor_us: float
+    issue_us: float
+    l2_us: float
+    dram_us: float
+    finish_us: float  # a second kernel that adds partial sums
+    ctas: int
+    ctas_per_sm: int
+    waves: float
+    wave_efficiency: float
+    useful_rows: float
+    useful_columns: float
+    flops_done: int
+    flops_needed: int
+    bytes_read: int
+    bytes_written: int
+    bytes_least: int
+
+
+def floor_us(problem: Conv2dProblem, dtype: torch.dtype, precision: str, gpu: GPU) -> float:
+    """No kernel is faster: all operations at the data sheet's rate, or each operand moved once."""
+    arithmetic = problem.flops / gpu.peak(dtype, precision)
+    return 1e6 * max(arithmetic, problem.bytes_least(dtype.itemsize) / gpu.dram)
+
+
+def streaming_us(bytes_moved: int, gpu: GPU) -> float:
+    """A memory-bound kernel, with its start."""
+    return LAUNCH_US + 1e6 * bytes_moved / (gpu.dram * DRAM_LOAD)
+
+
+def registers(rows: int, columns: int, num_warps: int, gpu: GPU) -> int:
+    """Registers a thread, as compiled: the sums, and what addresses and operands take beside them."""
+    return min(255, rows * columns // (32 * num_warps) + (28 if gpu.arch >= 90 else 110))
+
+
+def occupancy(registers_: int, shared: int, num_warps: int, gpu: GPU) -> int:
+    """Programs that fit an SM at once: registers in granules of 256 a warp, 1 KiB of shared memory more a block."""
+    per_warp = -(-registers_ * 32 // 256) * 256
+    by_registers = 65_536 // (per_warp * num_warps)
+    return max(0, min(by_registers, gpu.shared_sm // (shared + 1024), gpu.warps_sm // num_warps, 32))
+
+
+def _reached(outputs: int, window: int, stride: int, before: int, dilation: int, extent: int, box: int) -> Pair:
+    """Along one axis: boxes, and pairs of a box and a tap with a pixel inside the image."""
+    starts = range(0, outputs, box)
+    pairs = 0
+    for start in starts:
+        first = start * stride - before
+        lowest = max(0, -(-(1 - box - first) // dilation))
+        pairs += max(0, min(window, -(-(extent - first) // dilation)) - lowest)
+    return len(starts), pairs
+
+
+def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, precision: str, gpu: GPU) -> Prediction:
+    """One launch of a convolution pass, and the second kernel if partial sums need one.
+
+    A dgrad problem is the rephrased one, geometry.DgradPart.problem.
+    """
+    shape = _wgrad_shape(problem, tile) if pass_ == "wgrad" else _fprop_shape(problem, tile)
+    item = dtype.itemsize
+    shared_tiles = 0 if tile.splits == 1 else shape.tiles if pass_ == "wgrad" or not tile.tail else tile.tail
+    whole_tiles = shape.tiles - min(shared_tiles, shape.tiles)
+    partial = shape.rows * shape.columns * 4
+    whole = shape.rows * shape.columns * item
+    rate = _Rates(shape, tile, dtype, precision, gpu)
+    threads_need = registers(shape.rows, shape.columns, tile.num_warps, gpu)
+    resident = max(1, occupancy(threads_need, shape.stage_bytes(item) * tile.num_stages, tile.num_warps, gpu))
+    cycles = rate.phase(whole_tiles, shape.steps, whole, resident)
+    shared_ctas = min(shared_tiles, shape.tiles) * tile.splits
+    cycles += rate.phase(shared_ctas, shape.steps / tile.splits, partial, resident)
+    ctas = whole_tiles + shared_ctas
+    total_steps = shape.tiles * shape.steps
+    read = int(total_steps * shape.stage_bytes(item))
+    written = whole_tiles * whole + shared_ctas * partial
+    finish = 0.0
+    if shared_ctas:
+        moved = shared_ctas * partial + min(shared_tiles, shape.tiles) * whole
+        finish = LAUNCH_US + 1e6 * moved / (0.6 * gpu.l2 if moved < 40e6 else gpu.dram * DRAM_LOAD)
+    least = problem.bytes_least(item)
+    dram = 1e6 * (least + (shared_ctas * partial if shared_ctas * partial > 40e6 else 0)) / (gpu.dram * DRAM_LOAD)
+    loop = 1e6 * cycles / gpu.clock
+    parts = {
+        "tensor": 1e6 * total_steps * rate.tensor / gpu.sms / gpu.clock,
+        "issue": 1e6 * total_steps * rate.issue / gpu.sms / gpu.clock,
+        "L2": 1e6 * read / gpu.l2,
+        "DRAM": dram,
+    }
+    bound = max(parts, key=lambda name: parts[name])
+    waves = ctas / (gpu.sms * resident)
+    return Prediction(
+        modelled_us=max(loop, dram) + finish,
+        floor_us=floor_us(problem, dtype, precision, gpu),
+        bound_by="waves" if loop > 1.25 * parts[bound] else bound,
+        tensor_us=parts["tensor"], issue_us=parts["issue"], l2_us=parts["L2"], dram_us=dram, finish_us=finish,
+        ctas=ctas, ctas_per_sm=resident, waves=waves,
+        wave_efficiency=ctas / gpu.sms / math.ceil(ctas / gpu.sms) if ctas else 1.0,
+        useful_rows=shape.useful_rows, useful_columns=shape.useful_columns,
+        flops_done=int(total_steps * 2 * shape.rows * shape.columns * shape.depth), flops_needed=problem.flops,
+        bytes_read=read, bytes_written=written, bytes_least=least,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A pass as tiles of rows x columns, each of `steps` products of `depth`."""
+
+    tiles: int
+    steps: float  # on average: taps in the padding are skipped
+    rows: int
+    columns: int
+    depth: int
+    useful_rows: float
+    useful_columns: float
+
+    def stage_bytes(self, itemsize: int) -> int:
+        return (self.rows + self.columns) * self.depth * itemsize
+
+
+def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
+    K, C = problem.group_filters, problem.group_channels
+    row_tiles = -(-K // tile.rows)
+    if tile.formulation == "gather":
+        pixels = problem.N * problem.P * problem.Q
+        boxes = -(-pixels // tile.pixels)
+        steps: float = -(-problem.taps * C // tile.block_c) if tile.flat else problem.taps * -(-C // tile.block_c)
+        columns = pixels / (boxes * tile.pixels)
+    else:
+        n, h, w = tile.box
+        images = -(-problem.N // n)
+        rows, row_pairs = _reached(
+            problem.P, problem.R, problem.stride[0], problem.padding[0][0], problem.dilation[0], problem.H, h
+        )
+        cols, col_pairs = _reached(
+            problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w
+        )
+        boxes = images * rows * cols
+        steps = row_pairs * col_pairs / (rows * cols) * -(-C // tile.block_c)
+        columns = problem.N * problem.P * problem.Q / (boxes * tile.pixels)
+    tiles = boxes * row_tiles * problem.groups
+    return _Shape(tiles, steps, tile.rows, tile.pixels, tile.block_c, K / (row_tiles * tile.rows), columns)
+
+
+def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
+    K, C = problem.group_filters, problem.group_channels
+    row_tiles = -(-K // tile.rows)
+    if tile.formulation == "gather":
+        columns, taps = problem.taps * C, 1
+        steps: float = -(-problem.N * problem.P * problem.Q // tile.pixels)
+    else:
+        columns, taps = C, -(-problem.taps // tile.taps)
+        n, h, w = tile.box
+        reached = 1.0
+        for outputs, window, stride, before, dilation, extent, box in (
+            (problem.P, problem.R, problem.stride[0], problem.padding[0][0], problem.dilation[0], problem.H, h),
+            (problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w),
+        ):
+            boxes, pairs = _reached(outputs, window, stride, before, dilation, extent, box)
+            # Two taps of a row share a run of pixels that holds those of both.
+            lost = (boxes - pairs / window) / 2 if tile.taps == 2 else 0.0
+            reached *= pairs / window + (lost if outputs == problem.Q else 0.0)
+        steps = reached * -(-problem.N // n)
+    column_tiles = -(-columns // tile.block_c)
+    tiles = row_tiles * column_tiles * taps * problem.groups
+    useful = columns / (column_tiles * tile.block_c) * (problem.taps / (taps * tile.taps) if taps > 1 else 1.0)
+    return _Shape(tiles, steps, tile.rows, tile.block_c * tile.taps, tile.pixels, K / (row_tiles * tile.rows), useful)
+
+
+class _Rates:
+    """Cycles that one step takes on one SM, by what it uses."""
+
+    def __init__(self, shape: _Shape, tile: Tile, dtype: torch.dtype, precision: str, gpu: GPU) -> None:
+        flops = 2 * shape.rows * shape.columns * shape.depth
+        self.gpu = gpu
+        self.bytes = shape.stage_bytes(dtype.itemsize)
+        on_tensor_cores = dtype.itemsize == 2 or precision == "tf32"
+        self.tensor = flops * gpu.clock * gpu.sms / gpu.peak(dtype, precision) / TENSOR_LOAD
+        if gpu.arch >= 90 and on_tensor_cores:
+            # Compiled loops: 87 instructions and two for each product of a warp, 30 more for a second row of products.
+            products = flops / (2 * 64 * min(256, shape.columns) * 32 // dtype.itemsize) / max(1, tile.num_warps // 4)
+            instructions = 87 + 2 * products + 30 * ((tile.block_k2 > 0) + (tile.taps > 1))
+            if tile.formulation == "gather":  # addresses and masks: of every element, or of 16 bytes at once
+                elements = (shape.rows + shape.columns) * shape.depth / (32 * tile.num_warps)
+                instructions = 60 + elements * (13 if tile.flat else 2.5)
+            # A warp group reads its 64 rows and all columns from shared memory for every product, 128 bytes a cycle.
+            reads = shape.rows / 64 * (64 + min(256, shape.columns)) * max(1, shape.columns // 256)
+            self.shared = reads * shape.depth * dtype.itemsize / 128
+        else:
+            products = flops / 4096 / tile.num_warps if on_tensor_cores else flops / 64 / tile.num_warps
+            instructions = (115 + 1.44 * products) if on_tensor_cores else 1.3 * products
+            self.shared = 0.0
+        self.issue = instructions * tile.num_warps / 4
+        self.latency = LOAD_CYCLES / max(1, tile.num_stages - 1)
+
+    def step(self, active: int, programs: int) -> float:
+        """The slowest, where `active` SMs run `programs` each: fewer SMs leave each more of L2, up to its port."""
+        share = min(L2_PORT, self.gpu.l2 / self.gpu.clock / max(1, active))
+        return max(self.tensor, self.issue, self.shared, self.bytes / share, self.latency / programs)
+
+    def phase(self, ctas: int, steps: float, out_bytes: int, resident: int) -> float:
+        """Cycles of `ctas` equal programs: whole waves, one program an SM at a time, then what is left over."""
+        if not ctas:
+            return 0.0
+        sms = self.gpu.sms
+        whole, left = divmod(ctas, sms)
+        out = out_bytes / (self.gpu.l2 / self.gpu.clock / sms)
+        around = (FILL_CYCLES + out) * math.ceil(ctas / sms) / min(resident, math.ceil(ctas / sms))
+        busy = steps * whole * self.step(sms, min(resident, max(1, whole)))
+        if left:
+            busy += steps * self.step(left, min(resident, whole + 1))
+        return busy + around

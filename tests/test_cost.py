@@ -1,0 +1,127 @@
+"""The cost model against published speeds, and the chooser: pure, valid, quick."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from tileconv.kernels import cost, hardware, tiles
+from tileconv.kernels.geometry import Conv2dProblem
+
+H100 = hardware.GPUS["H100"]
+ALEXNET = {
+    "conv2": (64, 27, 192, 5, 2),
+    "conv3": (192, 13, 384, 3, 1),
+    "conv4": (384, 13, 256, 3, 1),
+    "conv5": (256, 13, 256, 3, 1),
+}
+
+
+def layer(name: str, batch: int = 128, dilation: int = 1) -> Conv2dProblem:
+    C, H, K, R, pad = ALEXNET[name]
+    pad *= dilation
+    return Conv2dProblem(batch, C, H, H, K, R, R, padding=((pad, pad), (pad, pad)), dilation=(dilation, dilation))
+
+
+def modelled(problem: Conv2dProblem, pass_: str, dtype: torch.dtype = torch.float16, precision: str = "ieee") -> float:
+    parts = [part.problem for part in problem.dgrad] if pass_ == "dgrad" else [problem]
+    chosen = [(part, tiles.choose(part, pass_, dtype, precision, H100)) for part in parts]
+    return sum(cost.predict(part, pass_, tile, dtype, precision, H100).modelled_us for part, tile in chosen)
+
+
+# Triton's GEMM on an H100 SXM, fp16, 8192 x 8192: 540 TFLOP/s at depth 512, 670 at depth 16384.
+@pytest.mark.parametrize(("depth", "published"), [(512, 540), (16_384, 670)])
+def test_published_gemm_speeds_come_out_within_15_percent(depth: int, published: float) -> None:
+    problem = Conv2dProblem(8192, depth, 1, 1, 8192, 1, 1)
+    tile = tiles.ConvTile("pixel", (256, 1, 1), 128, 64, 8, 3)
+    predicted = cost.predict(problem, "fprop", tile, torch.float16, "ieee", H100)
+    assert problem.flops / predicted.modelled_us / 1e6 == pytest.approx(published, rel=0.15)
+
+
+def test_idle_sms_in_the_last_wave_are_counted() -> None:
+    # 169 programs on 132 SMs work for two waves.
+    tile = tiles.ConvTile("pixel", (128, 1, 1), 256, 64, 8, 3)
+    predicted = cost.predict(layer("conv4"), "fprop", tile, torch.float16, "ieee", H100)
+    assert predicted.ctas == 169
+    assert predicted.wave_efficiency == pytest.approx(169 / 264)
+
+
+def test_floors_are_the_arithmetic_of_the_data_sheet() -> None:
+    conv2, conv5 = layer("conv2"), layer("conv5")
+    assert cost.floor_us(conv2, torch.float16, "ieee", H100) == pytest.approx(57.3e9 / 989e12 * 1e6, rel=0.01)
+    assert cost.floor_us(conv5, torch.float32, "tf32", H100) == pytest.approx(25.5e9 / 495e12 * 1e6, rel=0.01)
+
+
+def test_skipped_taps_are_not_paid_for() -> None:
+    tile = tiles.ConvTile("pixel", (128, 1, 1), 64, 64, 4, 4)
+    predicted = cost.predict(layer("conv2"), "fprop", tile, torch.float16, "ieee", H100)
+    assert predicted.flops_done / predicted.flops_needed == pytest.approx(1 - 0.087, abs=0.001)
+    box = tiles.ConvTile("box", (8, 4, 4), 64, 64, 4, 4)
+    assert cost.predict(layer("conv2"), "fprop", box, torch.float16, "ieee", H100).flops_done > predicted.flops_done
+
+
+@pytest.mark.parametrize("name", ALEXNET)
+def test_fprop_is_modelled_within_175_percent_of_the_floor(name: str) -> None:
+    problem = layer(name)
+    assert modelled(problem, "fprop") <= 1.75 * cost.floor_us(problem, torch.float16, "ieee", H100)
+
+
+def test_alexnets_passes_together_are_modelled_within_their_limits() -> None:
+    floors = sum(cost.floor_us(layer(name), torch.float16, "ieee", H100) for name in ALEXNET)
+    assert sum(modelled(layer(name), "fprop") for name in ALEXNET) <= 1.6 * floors
+    assert sum(modelled(layer(name), "wgrad") for name in ALEXNET) <= 1.85 * floors
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("name", ALEXNET)
+def test_small_batches_use_half_the_gpu(name: str, batch: int) -> None:
+    problem = layer(name, batch)
+    tile = tiles.choose(problem, "fprop", torch.float16, "ieee", H100)
+    assert cost.predict(problem, "fprop", tile, torch.float16, "ieee", H100).ctas >= H100.sms / 2
+
+
+def test_dilation_costs_nothing_at_equal_output_size() -> None:
+    # A map so large that few taps lie in its padding: there dilation would skip work, and seem faster.
+    times = []
+    for dilation in (1, 2, 4, 8, 16):
+        problem = Conv2dProblem(128, 64, 64 + 2 * dilation, 64 + 2 * dilation, 128, 3, 3, dilation=(dilation, dilation))
+        assert problem.y_shape == (128, 128, 64, 64)
+        times.append(modelled(problem, "fprop"))
+    assert max(times) <= 1.03 * min(times)
+
+
+@pytest.mark.parametrize("gpu", hardware.GPUS.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("pass_", tiles.PASSES)
+def test_every_choice_is_valid_and_fits(pass_: str, gpu: hardware.GPU) -> None:
+    for dtype, precision in ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")):
+        for batch in (1, 128):
+            for name in ALEXNET:
+                problem = layer(name, batch)
+                tile = tiles.choose(problem, pass_, dtype, precision, gpu)
+                assert tiles.why_invalid(tile, problem, pass_, dtype, gpu) is None
+                columns = tile.block_c * tile.taps if pass_ == "wgrad" else tile.pixels
+                depth = tile.pixels if pass_ == "wgrad" else tile.block_c
+                stage = (tile.rows + columns) * depth * dtype.itemsize
+                if tile.formulation != "gather":
+                    assert tile.num_stages * stage + 1024 <= gpu.shared_block
+                assert tile.rows * columns // (32 * tile.num_warps) <= 192
+
+
+def test_choosing_is_pure_and_quick_after_the_first_time() -> None:
+    problem = layer("conv3")
+    first = tiles.choose(problem, "fprop", torch.float16, "ieee", H100)
+    start = time.perf_counter()
+    for _ in range(100):
+        again = tiles.choose(layer("conv3"), "fprop", torch.float16, "ieee", H100)
+    assert again == first
+    assert (time.perf_counter() - start) / 100 < 100e-6
+
+
+def test_occupancy_follows_the_hardwares_granules() -> None:
+    assert cost.occupancy(154, 131_104, 4, H100) == 1  # shared memory
+    assert cost.occupancy(90, 49_000, 4, H100) == 4
+    assert cost.occupancy(255, 10_000, 8, H100) == 1  # 8 warps x 8,192 registers
+    assert cost.occupancy(32, 0, 4, H100) == 16  # 64 warps
+    assert cost.occupancy(32, 0, 4, hardware.GPUS["RTX 4090"]) == 12  # 48 warps
