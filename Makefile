@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 		|| { echo "tileconv needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP_INSTALL) --quiet hatchling
-	$(PIP_INSTALL) --quiet --no-build-isolation --editable '.[bench,test,lint]'
+	$(PIP_INSTALL) --quiet --no-build-isolation --editable '.[bench,train,test,lint]'
 	touch $@
 
 bench: $(STAMP)

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tileconv.model.train import train
+
 from .workers import Progress as Callback
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Convolution kernels: check, inspect, measure.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Convolution kernels: check, inspect, measure, train.")
 TITLES = {"check": "Checking against float64", "inspect": "Compiling and reading", "measure": "Measuring"}
 
 
@@ -177,3 +179,6 @@ def env() -> None:
     _say(console, f"machine: {machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB")
     for name, version in vars(versions).items():
         _say(console, f"{name}: {version or '-'}")
+
+
+app.command()(train)

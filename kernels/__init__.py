@@ -7,6 +7,8 @@ from tileconv.kernels import hardware
 hardware.start_triton()
 
 from tileconv.kernels import functional, tiles  # noqa: E402
+from tileconv.kernels import modules as nn  # noqa: E402
+from tileconv.kernels.conversion import convert, explain, revert  # noqa: E402
 from tileconv.kernels.functional import (  # noqa: E402
     adaptive_avg_pool2d,
     conv2d,
@@ -16,15 +18,21 @@ from tileconv.kernels.functional import (  # noqa: E402
     max_pool2d,
     relu,
 )
+from tileconv.kernels.redirect import use_kernels  # noqa: E402
 
 __all__ = [
     "adaptive_avg_pool2d",
     "conv2d",
+    "convert",
     "dropout",
+    "explain",
     "functional",
     "linear",
     "local_response_norm",
     "max_pool2d",
+    "nn",
     "relu",
+    "revert",
     "tiles",
+    "use_kernels",
 ]

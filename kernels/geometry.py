@@ -267,6 +267,10 @@ class AdaptivePool2dProblem:
         return _largest_window(self.H, self.P), _largest_window(self.W, self.Q)
 
     @property
+    def taps(self) -> int:
+        return self.window[0] * self.window[1]
+
+    @property
     def overlap(self) -> Pair:
         """The most windows that hold one input row, and one input column."""
         return _largest_window(self.P, self.H), _largest_window(self.Q, self.W)

@@ -33,7 +33,7 @@ def _divisor(
 def _power(value, N: tl.constexpr):
     if N >= 0 and N <= 16 and N % 1 == 0:
         power = tl.full(value.shape, 1.0, value.dtype)
-        for _ in tl.static_range(N // 1):
+        for _ in tl.static_range(N):
             power *= value
         return power
     else:

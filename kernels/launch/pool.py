@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
 from tileconv.kernels import tiles
+from tileconv.kernels.device import average, selection
 from tileconv.kernels.device import pool as device
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch, accumulator, index_type, strides
 
 
-def switch_dtype(problem: Pool2dProblem) -> torch.dtype:
+def switch_dtype(problem: Pool2dProblem | AdaptivePool2dProblem) -> torch.dtype:
     """One byte for windows of up to 256 elements."""
     return torch.uint8 if problem.taps <= 256 else torch.int32
 
@@ -78,6 +80,109 @@ def plan_adaptive_avg_backward(
         "R": problem.overlap[0], "S": problem.overlap[1], "ACC": accumulator(dx.dtype),
     }  # fmt: skip
     return _tiled(device.adaptive_avg_backward, arguments, dx, tuple(dx.shape), gpu, [dx, dy])
+
+
+def plan_adaptive_max_forward(
+    problem: AdaptivePool2dProblem, x: torch.Tensor, y: torch.Tensor, switch: torch.Tensor | None, *, gpu: GPU
+) -> Launch:
+    """The launch that writes the maximum of every window and, if given, switch (laid out like y)."""
+    arguments = {
+        "x": x, "y": y, "switch": switch, **_extents(problem), **strides("x", x, "nchw"), **strides("y", y, "ncpq"),
+        "R": problem.window[0], "S": problem.window[1], "HAS_SWITCH": switch is not None,
+    }  # fmt: skip
+    return _tiled(selection.adaptive_max_forward, arguments, y, tuple(y.shape), gpu, [x, y])
+
+
+def plan_adaptive_switch_to_index(
+    problem: AdaptivePool2dProblem, switch: torch.Tensor, index: torch.Tensor, *, gpu: GPU
+) -> Launch:
+    """The launch that writes PyTorch's int64 indices (h * W + w) from the switches."""
+    arguments = {
+        "switch": switch, "index": index, **_extents(problem), **strides("", switch, "ncpq"), "S": problem.window[1],
+    }  # fmt: skip
+    return _tiled(selection.adaptive_switch_to_index, arguments, switch, tuple(switch.shape), gpu, [switch])
+
+
+def plan_adaptive_max_backward(
+    problem: AdaptivePool2dProblem, dy: torch.Tensor, switch: torch.Tensor, dx: torch.Tensor, *, gpu: GPU
+) -> Launch:
+    """The launch that gives dy to the elements that the switches name."""
+    arguments = {
+        "dy": dy, "switch": switch, "dx": dx, **_extents(problem), **strides("g", dy, "ncpq"),
+        **strides("y", switch, "ncpq"), **strides("x", dx, "nchw"), "R": problem.overlap[0],
+        "OVER": problem.overlap[1], "S": problem.window[1], "ACC": accumulator(dx.dtype),
+    }  # fmt: skip
+    return _tiled(selection.adaptive_max_backward, arguments, dx, tuple(dx.shape), gpu, [dx, dy])
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """What a window's sum becomes: PyTorch's count_include_pad and divisor_override, and the exponent of lp_pool2d."""
+
+    include_pad: bool
+    divisor: int | None
+    norm: float | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        norm = int(self.norm) if self.norm is not None and float(self.norm).is_integer() else self.norm
+        return {"INCLUDE_PAD": self.include_pad, "DIVISOR": self.divisor, "NORM": norm}
+
+
+def plan_average_forward(
+    problem: Pool2dProblem, averaging: Averaging, x: torch.Tensor, y: torch.Tensor, *, gpu: GPU
+) -> Launch:
+    """The launch that writes the average, or the norm, of every window."""
+    arguments = {
+        "x": x, "y": y, **_extents(problem), **strides("x", x, "nchw"), **strides("y", y, "ncpq"),
+        **_undilated(problem), **averaging.arguments, "ACC": accumulator(x.dtype),
+    }  # fmt: skip
+    return _tiled(average.average_forward, arguments, y, problem.y_shape, gpu, [x, y])
+
+
+def plan_average_backward(
+    problem: Pool2dProblem, averaging: Averaging, dy: torch.Tensor, x: torch.Tensor | None, y: torch.Tensor | None,
+    dx: torch.Tensor, *, gpu: GPU,
+) -> Launch:  # fmt: skip
+    """The launch that spreads dy over its windows; a norm needs its input x and its output y."""
+    arguments = {
+        "dy": dy, "x": x, "y": y, "dx": dx, **_extents(problem), **strides("g", dy, "ncpq"),
+        **strides("x", dx if x is None else x, "nchw"), **strides("y", dy if y is None else y, "ncpq"),
+        **strides("d", dx, "nchw"), **_undilated(problem), **averaging.arguments, "ACC": accumulator(dx.dtype),
+    }  # fmt: skip
+    images = [image for image in (dx, dy, x, y) if image is not None]
+    return _tiled(average.average_backward, arguments, dx, problem.x_shape, gpu, images)
+
+
+def plan_unpool(x: torch.Tensor, index: torch.Tensor, y: torch.Tensor, *, gpu: GPU) -> Launch:
+    """The launch that writes the elements of x into y, which is zero, where index says."""
+    count, channels, rows, columns = x.shape
+    planes, pixels = count * channels, rows * columns
+    # Every pixel of a step is compared with every other: steps are short, except that the interpreter counts steps.
+    budget, longest = (1 << 18, 64) if gpu.interprets else (1 << 13, 16)
+    cols = min(tiles.power_of_two(pixels), longest)
+    tile_rows = max(1, min(tiles.power_of_two(planes), budget // (cols * cols)))
+    arguments = {
+        "x": x, "index": index, "y": y, "C": channels, "W": y.shape[3], "PLANES": planes, "Q": columns,
+        "PIXELS": pixels, "SIZE": y.shape[2] * y.shape[3], **strides("x", x, "ncpq"), **strides("i", index, "ncpq"),
+        **strides("y", y, "nchw"), "INDEX": index_type(x, index, y), "ROWS": tile_rows, "COLS": cols,
+    }  # fmt: skip
+    programs = triton.cdiv(planes, tile_rows)
+    return Launch(selection.unpool_forward, (programs,), arguments, 4, 1, f"{tile_rows}x{cols} w4")
+
+
+def plan_unpool_backward(dy: torch.Tensor, index: torch.Tensor, dx: torch.Tensor, *, gpu: GPU) -> Launch:
+    """The launch that reads dx from dy where index says."""
+    arguments = {
+        "dy": dy, "index": index, "dx": dx, "C": dx.shape[1], "W": dy.shape[3], "P": dx.shape[2], "Q": dx.shape[3],
+        "SIZE": dy.shape[2] * dy.shape[3], **strides("g", dy, "nchw"), **strides("i", index, "ncpq"),
+        **strides("x", dx, "ncpq"),
+    }  # fmt: skip
+    return _tiled(selection.unpool_backward, arguments, dx, tuple(dx.shape), gpu, [dy, index, dx])
+
+
+def _undilated(problem: Pool2dProblem) -> dict[str, Any]:
+    return {name: value for name, value in _window(problem).items() if not name.startswith("DIL")}
 
 
 def _extents(problem: Pool2dProblem | AdaptivePool2dProblem) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from tileconv.kernels import modules
-from tileconv.kernels.convert import OPS, Table, convert, explain, revert, use_kernels
+from tileconv.kernels import convert, explain, modules, revert, use_kernels
+from tileconv.kernels.conversion import OPS, Table
 
 
 class LeNet(nn.Module):

@@ -1,0 +1,198 @@
+"""The bytes that reports give for a launch, held to the loads and stores that the interpreter counts.
+
+Requested bytes are what programs ask for: traffic between L2 and the SMs.  Unique bytes are distinct addresses of a
+launch: what DRAM delivers at least.
+"""
+
+import pytest
+import torch
+
+from tileconv.bench.traffic import Traffic, traffic
+from tileconv.kernels import hardware, interpreter, tiles
+from tileconv.kernels.geometry import AdaptivePool2dProblem, Conv2dProblem, Pool2dProblem
+from tileconv.kernels.launch import conv, layout, pointwise, pool
+
+pytestmark = pytest.mark.skipif(not hardware.interpreting(), reason="counts in Triton's interpreter")
+GPU = hardware.INTERPRETER
+
+
+def image(*extents, dtype=torch.float16):
+    return torch.randn(extents).to(dtype).to(memory_format=torch.channels_last)
+
+
+def counted(launch):
+    """Requested bytes read and written, and distinct bytes, of running one launch."""
+    with interpreter.count_bytes() as count:
+        launch.run()
+    assert "?" not in count.read and "?" not in count.written, "an address outside every tensor"
+    unique = sum(b.unique for way in (count.read, count.written) for b in way.values())
+    return Traffic(
+        sum(b.requested for b in count.read.values()), sum(b.requested for b in count.written.values()), unique
+    )
+
+
+def agrees(launches):
+    for launch in launches:
+        expected, found = traffic(launch), counted(launch)
+        assert expected == found, f"{launch.kernel.__name__} {launch.tile}: formula, then count"
+
+
+def square(pad, **changes):
+    return Conv2dProblem(**{"N": 3, "C": 32, "H": 6, "W": 5, "K": 48, "R": 3, "S": 3, "padding": ((pad, pad),) * 2} | changes)
+
+
+PROBLEMS = {
+    "3x3": square(1),
+    "no padding": square(0),
+    "5x5 wide padding": square(3, R=5, S=5),
+    "dilated": square(2, dilation=(2, 2)),
+    "grouped": square(1, groups=2),
+    "filters and channels end inside a block": square(1, C=40, K=56),
+    "one by one": square(0, R=1, S=1),
+}
+STRIDED = {"strided": square(1, stride=(2, 2), H=9, W=7), "strided and dilated": square(2, stride=(2, 1), dilation=(1, 2))}
+PIXEL = {"formulation": "pixel", "box": (16, 1, 1), "block_k": 32, "block_c": 16}
+BOX = {"formulation": "box", "box": (1, 4, 4), "block_k": 32, "block_c": 16}
+GATHER = {"formulation": "gather", "box": (16, 1, 1), "block_k": 32, "block_c": 16}
+
+
+def tensors(problem):
+    return image(*problem.x_shape), image(*problem.w_shape), torch.randn(problem.K).half(), image(*problem.y_shape)
+
+
+@pytest.mark.parametrize("problem", (PROBLEMS | STRIDED).values(), ids=(PROBLEMS | STRIDED).keys())
+@pytest.mark.parametrize("tile", [PIXEL, GATHER, GATHER | {"flat": True}], ids=["pixel", "gather", "gather flat"])
+def test_fprop_any_stride(problem, tile):
+    x, w, bias, y = tensors(problem)
+    with tiles.override(**tile):
+        agrees(conv.plan_fprop(problem, x, w, bias, y, gpu=GPU))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_fprop_box(problem):
+    x, w, bias, y = tensors(problem)
+    with tiles.override(**BOX):
+        agrees(conv.plan_fprop(problem, x, w, bias, y, gpu=GPU))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"splits": 3}, {"splits": 2, "tail": 5}, {"block_k2": 16}, {"block_k2": 16, "splits": 2, "tail": 4}],
+    ids=["all tiles shared", "the last five shared", "second product", "both"],
+)
+def test_shared_depth_and_second_product(changes):
+    problem = PROBLEMS["filters and channels end inside a block"]
+    x, w, bias, y = tensors(problem)
+    for tile in (PIXEL, BOX):
+        with tiles.override(**tile | changes):
+            agrees(conv.plan_fprop(problem, x, w, bias, y, gpu=GPU))
+
+
+@pytest.mark.parametrize("tile", [PIXEL, BOX, GATHER], ids=["pixel", "box", "gather"])
+@pytest.mark.parametrize("name", ["3x3", "grouped", "5x5 wide padding"])
+def test_dgrad(name, tile):
+    problem = PROBLEMS[name]
+    x, w, _, y = tensors(problem)
+    with tiles.override(**tile):
+        agrees(conv.plan_dgrad(problem, y, w, x, gpu=GPU))
+
+
+@pytest.mark.parametrize("changes", [{}, {"splits": 2}, {"taps": 2}, {"taps": 2, "block_k2": 16, "splits": 3}], ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_wgrad_descriptors(problem, changes):
+    x, w, _, y = tensors(problem)
+    for tile in (PIXEL, BOX):
+        with tiles.override(**tile | changes):
+            agrees(conv.plan_wgrad(problem, y, x, w, gpu=GPU))
+
+
+@pytest.mark.parametrize("problem", (PROBLEMS | STRIDED).values(), ids=(PROBLEMS | STRIDED).keys())
+def test_wgrad_gather(problem):
+    x, w, _, y = tensors(problem)
+    with tiles.override(**GATHER, flat=True, splits=2):
+        agrees(conv.plan_wgrad(problem, y, x, w, gpu=GPU))
+
+
+def test_first_layer_with_its_rearrangements():
+    problem = Conv2dProblem(N=2, C=3, H=19, W=23, K=16, R=5, S=5, stride=(4, 4), padding=((2, 2), (1, 1)))
+    x, w, bias, y = tensors(problem)
+    launches = [
+        *conv.plan_fprop(problem, x.contiguous(), w, bias, y, gpu=GPU), *conv.plan_wgrad(problem, y, x, w, gpu=GPU)
+    ]  # fmt: skip
+    assert {"space_to_depth", "depth_to_space"} <= {launch.kernel.__name__ for launch in launches}
+    for launch in launches:
+        expected, found = traffic(launch), counted(launch)
+        if launch.kernel.__name__ == "depth_to_space":  # it reads what another launch left out of the blocked filters
+            found = Traffic(found.read, found.written, expected.least)
+        assert expected == found, launch.kernel.__name__
+    assert layout.plan_space_to_depth is not None
+
+
+POOLS = {
+    "3x3 s2": Pool2dProblem(2, 8, 9, 7, (3, 3), (2, 2)),
+    "3x3 s2 padded": Pool2dProblem(2, 8, 8, 6, (3, 3), (2, 2), (1, 1)),
+    "2x2 s2": Pool2dProblem(1, 16, 6, 6, (2, 2), (2, 2)),
+    "dilated": Pool2dProblem(1, 8, 9, 9, (2, 2), (1, 1), (0, 0), (2, 2)),
+    "ceil": Pool2dProblem(1, 8, 6, 6, (3, 3), (2, 2), ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("problem", POOLS.values(), ids=POOLS.keys())
+def test_max_pool_both_ways(problem):
+    x, y = image(*problem.x_shape), image(*problem.y_shape)
+    switch = torch.zeros(problem.y_shape, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    forward = pool.plan_max_forward(problem, x, y, switch, gpu=GPU)
+    agrees([forward])
+    backward = pool.plan_max_backward(problem, torch.randn_like(y), switch, None, torch.empty_like(x), gpu=GPU)
+    agrees([backward])
+
+
+def test_masked_max_pool_backward_reads_at_most_the_formula():
+    problem = POOLS["3x3 s2"]
+    x, y = image(*problem.x_shape), image(*problem.y_shape)
+    switch = torch.zeros(problem.y_shape, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    pool.plan_max_forward(problem, x, y, switch, gpu=GPU, activation="relu").run()
+    y[0] = 0
+    launch = pool.plan_max_backward(problem, torch.randn_like(y), switch, y, torch.empty_like(x), gpu=GPU)
+    expected, found = traffic(launch), counted(launch)
+    dead = int((y <= 0).sum())
+    assert found.read == expected.read - dead * 2, "gradients of windows that ReLU cut are not loaded"
+    assert found.written == expected.written
+
+
+def test_average_pool_both_ways():
+    problem = AdaptivePool2dProblem(2, 8, 7, 9, 3, 4)
+    x, y = image(*(2, 8, 7, 9)), image(*(2, 8, 3, 4))
+    agrees([pool.plan_adaptive_avg_forward(problem, x, y, gpu=GPU), pool.plan_adaptive_avg_backward(problem, y, x, gpu=GPU)])
+
+
+def test_pointwise():
+    y, dy = image(2, 24, 5, 3), image(2, 24, 5, 3)
+    flat = [t.permute(0, 2, 3, 1).reshape(-1) for t in (dy, y, torch.empty_like(y))]
+    sums = torch.empty(24, dtype=torch.float16)
+    agrees([
+        pointwise.plan_relu(flat[1], flat[2], gpu=GPU), pointwise.plan_relu_backward(*flat, gpu=GPU),
+        *pointwise.plan_bias_backward(dy, y, torch.empty_like(y), sums, gpu=GPU),
+        *pointwise.plan_bias_backward(dy, None, None, sums, gpu=GPU),
+    ])  # fmt: skip
+
+
+def test_a_pool_touches_its_least_and_no_more():
+    """The reports' 1.1x limit for memory-bound kernels is on bytes touched once; windows that overlap ask L2 again."""
+    problem = Pool2dProblem(1, 8, 55, 55, (3, 3), (2, 2))
+    x, y = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in (problem.x_shape, problem.y_shape))
+    x, y = (t.to(memory_format=torch.channels_last) for t in (x, y))
+    found = traffic(pool.plan_max_forward(problem, x, y, torch.empty_like(y, dtype=torch.uint8), gpu=GPU))
+    assert found.least == problem.bytes_least(2, switch=True)
+    assert 1.5 < found.requested / found.least < 2.0
+
+
+def test_unknown_kernels_have_no_traffic():
+    class Launch:
+        class kernel:
+            __name__ = "unheard_of"
+
+        kernel = type("kernel", (), {"__name__": "unheard_of"})
+        arguments: dict = {}
+
+    assert traffic(Launch) is None
