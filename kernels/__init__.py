@@ -11,17 +11,23 @@ from tileconv.kernels import modules as nn  # noqa: E402
 from tileconv.kernels.conversion import convert, explain, revert  # noqa: E402
 from tileconv.kernels.functional import (  # noqa: E402
     adaptive_avg_pool2d,
+    adaptive_max_pool2d,
+    avg_pool2d,
     conv2d,
     dropout,
     linear,
     local_response_norm,
+    lp_pool2d,
     max_pool2d,
+    max_unpool2d,
     relu,
 )
 from tileconv.kernels.redirect import use_kernels  # noqa: E402
 
 __all__ = [
     "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "avg_pool2d",
     "conv2d",
     "convert",
     "dropout",
@@ -29,7 +35,9 @@ __all__ = [
     "functional",
     "linear",
     "local_response_norm",
+    "lp_pool2d",
     "max_pool2d",
+    "max_unpool2d",
     "nn",
     "relu",
     "revert",

@@ -156,7 +156,10 @@ class _LpPool2d(Function):
 
 
 class _LpPool2dBackward(Function):
-    """dx = x^(p - 1) * A'(dy * y^(1 - p)) with A = R * S * average pooling, A' its transpose; x and y count as inputs."""
+    """dx = x^(p - 1) * A'(dy * y^(1 - p)); x and y both count as inputs.
+
+    A is R * S times average pooling, A' its transpose.
+    """
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
@@ -173,7 +176,7 @@ class _LpPool2dBackward(Function):
         norm, kernel, stride, ceil_mode, channels_last = ctx.window
         window = (kernel, stride, (0, 0), ceil_mode, True, None, channels_last)
         taps = kernel[0] * kernel[1]
-        norms = torch.where(y == 0, torch.inf if norm > 1 else 0.0, y)  # windows with y = 0 pass nothing on
+        norms = torch.where(y == 0, 1.0, y)  # windows with y = 0 pass nothing on, below
         inner = taps * avg_pool2d(grad_grad * x ** (norm - 1), *window)
         outer = taps * avg_pool2d_backward(torch.where(y == 0, 0.0, grad * norms ** (1 - norm)), x.shape, *window)
         to_grad = torch.where(y == 0, 0.0, norms ** (1 - norm) * inner)
@@ -210,10 +213,13 @@ class _MaxUnpool2dBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:
-        # Elements that several outputs read get the sum, unlike max_unpool2d's.
+        # Elements that several outputs read get the sum, unlike max_unpool2d's: max-pool's windows may overlap.
+        # index_put sorts its indices, so it is deterministic, where scatter_add is not.
         (indices,) = ctx.saved_tensors
-        total = grad_grad.new_zeros(ctx.shape).flatten(2)
-        total = total.scatter_add(2, indices.flatten(2), grad_grad.flatten(2))
+        planes, size = ctx.shape[0] * ctx.shape[1], ctx.shape[2] * ctx.shape[3]
+        places = indices.flatten(0, 1).flatten(1) + size * torch.arange(planes, device=indices.device)[:, None]
+        total = grad_grad.new_zeros(planes * size)
+        total = total.index_put((places.flatten(),), grad_grad.reshape(-1), accumulate=True)
         return then_nones(total.view(ctx.shape), count=2)
 
 

@@ -200,7 +200,7 @@ def along_rows_forward(
         squares = squares[1:]
 
 
-# Step c reads x of channel c + BEFORE + AFTER, which completes s of channel c + BEFORE, which completes dx of channel c.
+# Step c reads x of channel c + BEFORE + AFTER, which completes s of channel c + BEFORE and with it dx of channel c.
 @triton.jit
 def along_rows_backward(
     x,

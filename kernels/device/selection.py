@@ -142,7 +142,7 @@ def adaptive_max_backward(
 
 
 # y[n, c, index] = x[n, c, p, q]; of several that name one element the last in rows-then-columns order stays.  A program
-# owns its PLANES, goes through their pixels in order, and a barrier stands between two steps: no atomics.  y starts as 0.
+# owns its planes and goes through their pixels in order, with a barrier between two steps: no atomics.  y starts as 0.
 @triton.jit
 def unpool_forward(
     x,

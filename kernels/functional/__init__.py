@@ -7,6 +7,25 @@ strides.  They raise TypeError or ValueError that names the argument, its value 
 from tileconv.kernels.functional.conv import conv2d, linear
 from tileconv.kernels.functional.norm import local_response_norm
 from tileconv.kernels.functional.pointwise import dropout, relu
-from tileconv.kernels.functional.pool import adaptive_avg_pool2d, max_pool2d
+from tileconv.kernels.functional.pool import (
+    adaptive_avg_pool2d,
+    adaptive_max_pool2d,
+    avg_pool2d,
+    lp_pool2d,
+    max_pool2d,
+    max_unpool2d,
+)
 
-__all__ = ["adaptive_avg_pool2d", "conv2d", "dropout", "linear", "local_response_norm", "max_pool2d", "relu"]
+__all__ = [
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "avg_pool2d",
+    "conv2d",
+    "dropout",
+    "linear",
+    "local_response_norm",
+    "lp_pool2d",
+    "max_pool2d",
+    "max_unpool2d",
+    "relu",
+]

@@ -135,9 +135,7 @@ def _adaptive_max_backward(
     return grad_input
 
 
-def _average_problem(
-    shape: Ints, kernel: Ints, stride: Ints, padding: Ints, ceil_mode: bool
-) -> Pool2dProblem:
+def _average_problem(shape: Ints, kernel: Ints, stride: Ints, padding: Ints, ceil_mode: bool) -> Pool2dProblem:
     return pool2d_problem(shape, kernel, stride, padding, (1, 1), ceil_mode)
 
 
@@ -199,9 +197,7 @@ def _lp_pool_backward(
     return grad_input
 
 
-def _max_unpool(
-    input: torch.Tensor, indices: torch.Tensor, output_size: Ints, channels_last: bool
-) -> torch.Tensor:
+def _max_unpool(input: torch.Tensor, indices: torch.Tensor, output_size: Ints, channels_last: bool) -> torch.Tensor:
     size = output_size[0] * output_size[1]
     if indices.numel() and indices.device.type == "cpu" and (indices.min() < 0 or indices.max() >= size):
         raise ValueError(
@@ -266,7 +262,9 @@ define(
 define(
     f"avg_pool2d(Tensor input, {AVERAGE}) -> Tensor",
     _avg_pool,
-    lambda input, *window: _average_fake(input, *window[:4], window[-1]),
+    lambda input, kernel, stride, padding, ceil_mode, *rest: _average_fake(
+        input, kernel, stride, padding, ceil_mode, rest[-1]
+    ),
 )
 define(
     f"avg_pool2d_backward(Tensor grad, SymInt[4] input_shape, {AVERAGE}) -> Tensor",
