@@ -112,3 +112,13 @@ def vector(name: str, value: Any, like: torch.Tensor, length: int) -> None:
     tensor(name, value, like)
     if tuple(value.shape) != (length,):
         raise ValueError(f"{name} has shape {tuple(value.shape)}: allowed is ({length},)")
+
+
+def belongs(name: str, value: torch.Tensor, shape: Sequence[int], like: torch.Tensor, dtype: torch.dtype) -> None:
+    """A tensor of an op's other tensors' making: exactly this shape and dtype, on the device of `like`."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: allowed is {tuple(shape)}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}: allowed is {dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}: allowed is {like.device}")

@@ -52,7 +52,11 @@ class Tile(Protocol):
     @property
     def flat(self) -> bool: ...
     @property
+    def shift(self) -> bool: ...
+    @property
     def rows(self) -> int: ...
+    @property
+    def filters(self) -> int: ...
     @property
     def pixels(self) -> int: ...
 
@@ -105,9 +109,15 @@ def occupancy(registers_: int, shared: int, num_warps: int, gpu: GPU) -> int:
     return max(0, min(by_registers, gpu.shared_sm // (shared + 1024), gpu.warps_sm // num_warps, 32))
 
 
-def _reached(outputs: int, window: int, stride: int, before: int, dilation: int, extent: int, box: int) -> Pair:
-    """Along one axis: boxes, and pairs of a box and a tap with a pixel inside the image."""
-    starts = range(0, outputs, box)
+def _reached(
+    outputs: int, window: int, stride: int, before: int, dilation: int, extent: int, box: int, shift: int = 0
+) -> Pair:
+    """Along one axis: boxes, and pairs of a box and a tap with a pixel inside the image.
+
+    With `shift` a box makes the next column too, and meets the taps of both.
+    """
+    starts = range(0, outputs, box + shift)
+    window += shift
     pairs = 0
     for start in starts:
         first = start * stride - before
@@ -183,7 +193,7 @@ class _Shape:
 
 def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
     K, C = problem.group_filters, problem.group_channels
-    row_tiles = -(-K // tile.rows)
+    row_tiles = -(-K // tile.filters)
     if tile.formulation == "gather":
         pixels = problem.N * problem.P * problem.Q
         boxes = -(-pixels // tile.pixels)
@@ -196,13 +206,14 @@ def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
             problem.P, problem.R, problem.stride[0], problem.padding[0][0], problem.dilation[0], problem.H, h
         )
         cols, col_pairs = _reached(
-            problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w
-        )
+            problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w,
+            int(tile.shift),
+        )  # fmt: skip
         boxes = images * rows * cols
         steps = row_pairs * col_pairs / (rows * cols) * -(-C // tile.block_c)
-        columns = problem.N * problem.P * problem.Q / (boxes * tile.pixels)
+        columns = problem.N * problem.P * problem.Q / (boxes * tile.pixels * (1 + tile.shift))
     tiles = boxes * row_tiles * problem.groups
-    return _Shape(tiles, steps, tile.rows, tile.pixels, tile.block_c, K / (row_tiles * tile.rows), columns)
+    return _Shape(tiles, steps, tile.rows, tile.pixels, tile.block_c, K / (row_tiles * tile.filters), columns)
 
 
 def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:

@@ -27,7 +27,8 @@ class ConvTile:
     `box` is (images, rows, columns).  "pixel" has one row and one column; "gather" counts flat pixels in box[0].
     `block_c` is the depth of one step; `flat` steps through (r, s, c) flattened instead of through the channels.
     `block_k2` filters more share its pixels in a second product.  `splits` programs share the depth of a tile: of all
-    tiles, or of the last `tail` ones, those that would leave most of the GPU idle in their wave.
+    tiles, or of the last `tail` ones, those that would leave most of the GPU idle in their wave.  With `shift` the
+    second product makes the next output column, from the same pixels and the same filters.
     In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 or 2) taps, and `splits` share
     the pixels.
     """
@@ -43,6 +44,7 @@ class ConvTile:
     block_k2: int = 0
     tail: int = 0
     taps: int = 1
+    shift: bool = False
 
     @property
     def rows(self) -> int:
@@ -50,14 +52,25 @@ class ConvTile:
         return self.block_k + self.block_k2
 
     @property
+    def filters(self) -> int:
+        """Different filters of a program."""
+        return self.block_k if self.shift else self.rows
+
+    @property
     def pixels(self) -> int:
         return math.prod(self.box)
+
+    def boxes(self, problem: Conv2dProblem) -> int:
+        """How many boxes cover the outputs of one group; with `shift` a box stands for two columns."""
+        n, h, w = self.box
+        return -(-problem.N // n) * -(-problem.P // h) * -(-problem.Q // (w + self.shift))
 
     def __str__(self) -> str:
         box = "x".join(map(str, self.box)) if self.formulation == "box" else str(self.pixels)
         flat = " flat" if self.flat else ""
         splits = (f" /{self.splits}" + (f" of {self.tail}" if self.tail else "")) if self.splits > 1 else ""
         rows = f"({self.block_k}+{self.block_k2})" if self.block_k2 else str(self.block_k)
+        rows = f"2x{self.block_k}" if self.shift else rows
         size = f"{box}*{rows}*{self.block_c}" + (f"*{self.taps} taps" if self.taps > 1 else "")
         return f"{self.formulation} {size}{flat}{splits} w{self.num_warps} s{self.num_stages}"
 
@@ -81,7 +94,13 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
     for name, extent in extents.items():
         if extent < 16 or extent != power_of_two(extent):
             return f"{name}={extent} must be a power of two of at least 16"
-    if tile.block_k2 and (tile.block_k2 != power_of_two(tile.block_k2) or not 16 <= tile.block_k2 < tile.block_k):
+    if tile.shift:
+        ready = problem.stride[1] == problem.dilation[1] == tile.box[2] == 1 and tile.block_k2 == tile.block_k
+        if pass_ == "wgrad" or tile.formulation == "gather" or not ready:
+            return (
+                "shift needs fprop or dgrad, one column a box, stride and dilation 1 along it, and block_k2 = block_k"
+            )
+    elif tile.block_k2 and (tile.block_k2 != power_of_two(tile.block_k2) or not 16 <= tile.block_k2 < tile.block_k):
         return f"block_k2={tile.block_k2} must be 0 or a power of two of at least 16, below block_k={tile.block_k}"
     if tile.splits < 1 or tile.tail < 0:
         return f"splits={tile.splits} must be at least 1 and tail={tile.tail} at least 0"
@@ -227,25 +246,30 @@ def candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision
         return _scalar_candidates(problem, pass_, dtype, gpu)
     if not gpu.has_descriptors or not addressable(problem, pass_, dtype):
         return _gather_candidates(problem, pass_, dtype, gpu)
-    tiles = _wgrad_candidates(problem, dtype, gpu) if pass_ == "wgrad" else _box_candidates(problem, dtype, gpu)
+    tiles = _wgrad_candidates(problem, dtype, gpu) if pass_ == "wgrad" else _box_candidates(problem, pass_, dtype, gpu)
     return tiles + _gather_candidates(problem, pass_, dtype, gpu)
 
 
-def _box_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     depth = 128 // dtype.itemsize
     found = []
-    for pixels, (block_k, block_k2) in itertools.product((64, 128, 256, 512), ((64, 0), (128, 0), (256, 0), (128, 64))):
-        rows = block_k + block_k2
+    rows_of = ((64, 0), (128, 0), (256, 0), (128, 64), (64, 64), (128, 128))
+    for pixels, (block_k, block_k2) in itertools.product((64, 128, 256, 512), rows_of):
+        rows, shift = block_k + block_k2, block_k == block_k2
+        # A shifted product multiplies pixels beyond its taps by zero: harmless in a gradient, but a forward pass would
+        # carry a NaN or an infinity one column too far.
+        if shift and (pass_ != "dgrad" or problem.stride[1] != 1 or problem.dilation[1] != 1 or problem.S == 1):
+            continue
         # Sums of 24,576 elements are the most that four warps hold without spilling (219 registers), twice that eight.
-        if rows * pixels > 49_152 or (rows > 64 and rows >= 2 * power_of_two(problem.group_filters)):
+        if rows * pixels > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
             continue
         warps = 4 if rows * pixels <= 24_576 else 8
         stages = min(4, (gpu.shared_block - 2048) // ((rows + pixels) * 128))
         if stages < 2:
             continue
-        for box in _boxes(problem, pixels):
+        for box in _columns(problem, pixels) if shift else _boxes(problem, pixels):
             formulation = "pixel" if box[1:] == (1, 1) else "box"
-            tile = ConvTile(formulation, box, block_k, depth, warps, stages, block_k2=block_k2)
+            tile = ConvTile(formulation, box, block_k, depth, warps, stages, block_k2=block_k2, shift=shift)
             found += [tile, *_shared_depth(problem, tile, gpu)]
             if stages == 4:  # fewer buffers may let one more program onto the SM
                 tile = replace(tile, num_stages=3)
@@ -268,6 +292,14 @@ def _boxes(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
     return found + sorted(boxes, key=lambda box: (_covered(problem, box), -box[0], box[1]))[:3]
 
 
+def _columns(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
+    """Boxes of one column."""
+    images = min(power_of_two(problem.N), pixels)
+    tall = [(n, pixels // n, 1) for n in _powers(images) if pixels // n <= power_of_two(problem.P)]
+    tall = [box for box in tall if problem.stride[0] == 1 or box[1] == 1]
+    return sorted(tall, key=lambda box: (_covered(problem, box), -box[0]))[:2]
+
+
 def _covered(problem: Conv2dProblem, box: tuple[int, int, int]) -> int:
     extents = zip((problem.N, problem.P, problem.Q), box, strict=True)
     return math.prod(-(-extent // size) * size for extent, size in extents)
@@ -275,8 +307,7 @@ def _covered(problem: Conv2dProblem, box: tuple[int, int, int]) -> int:
 
 def _shared_depth(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[ConvTile]:
     """The tile with its depth shared: everywhere, or where the last wave would leave most SMs idle."""
-    boxes = _covered(problem, tile.box) // tile.pixels
-    programs = boxes * problem.groups * -(-problem.group_filters // tile.rows)
+    programs = tile.boxes(problem) * problem.groups * -(-problem.group_filters // tile.filters)
     steps = problem.taps * -(-problem.group_channels // tile.block_c)
     tail = programs % gpu.sms
     found = [replace(tile, splits=splits) for splits in (2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -377,3 +408,44 @@ def choose_elementwise(height: int, width: int, dtype: torch.dtype, gpu: GPU) ->
     budget = 1 << 18 if gpu.interprets else 128 * 4 * 16 // dtype.itemsize // 2
     cols = min(power_of_two(max(width, 1)), budget)
     return ElementwiseTile(max(1, min(power_of_two(max(height, 1)), budget // cols)), cols)
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """What one program of a batched matrix product makes: rows x columns, `depth` at a step."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}*{self.depth} w{self.num_warps} s{self.num_stages}"
+
+
+def choose_local(rows: int, columns: int, depth: int, dtype: torch.dtype, gpu: GPU) -> ProductTile:
+    """The tile of a locally connected layer's products: small ones, because every pixel has its own."""
+    most = 512 if gpu.interprets else (32 if dtype.itemsize == 8 else 64)
+    extents = [min(max(power_of_two(extent), 16), most) for extent in (rows, columns, depth)]
+    return ProductTile(extents[0], extents[1], extents[2] if gpu.interprets else min(extents[2], 128 // dtype.itemsize))
+
+
+def choose_depthwise(pixels: int, channels: int, height: int, stride: int, nhwc: bool, dtype: torch.dtype,
+                     gpu: GPU) -> tuple[int, ElementwiseTile]:  # fmt: skip
+    """Output rows of a program of the depthwise kernel, and its tile of columns x channels of each.
+
+    16 bytes of channels a thread; three output rows share the five input rows under a 3x3 window instead of reading
+    nine, and hold 3 * 8 sums a thread.
+    """
+    if gpu.interprets:
+        tile = choose_elementwise(pixels, channels, dtype, gpu)
+        return 1 if height == 1 else 2, tile
+    budget = 128 * max(1, 16 // dtype.itemsize)
+    if nhwc:
+        cols = min(power_of_two(channels), max(16, 128 // dtype.itemsize))
+        rows = min(budget // cols, power_of_two(pixels))
+    else:
+        rows = min(budget, power_of_two(pixels))
+        cols = 1
+    return min(3 if stride == 1 else 1, height), ElementwiseTile(rows, cols)

@@ -73,6 +73,41 @@ def test_refusals(error: type[Exception], words: str, call: Callable[[], Any], m
     assert not allocated
 
 
+OPS = torch.ops.tileconv
+GEOMETRY = ((1, 1), (0, 0, 0, 0), (1, 1), 1, "ieee")
+WINDOW = ((2, 2), (2, 2), (0, 0), (1, 1), False)
+DY, POOLED, SWITCH = torch.randn(2, 4, 4, 4), torch.randn(2, 8, 3, 3), torch.zeros(2, 8, 3, 3, dtype=torch.uint8)
+STRANGERS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    "shape for dgrad": (ValueError, r"grad has shape \(2, 4, 4, 3\): allowed is \(2, 4, 4, 4\)",
+                        lambda: OPS.conv2d_dgrad(DY[..., :3], W, X.shape, *GEOMETRY, False)),
+    "dtype for dgrad": (TypeError, "grad has dtype torch.float16: allowed is torch.float32",
+                        lambda: OPS.conv2d_dgrad(DY.half(), W, X.shape, *GEOMETRY, False)),
+    "shape for wgrad": (ValueError, "grad has shape", lambda: OPS.conv2d_wgrad(DY[:1], X, W.shape, *GEOMETRY)),
+    "dtype for wgrad": (TypeError, "grad has dtype", lambda: OPS.conv2d_wgrad(DY.double(), X, W.shape, *GEOMETRY)),
+    "shape for relu": (ValueError, "grad has shape", lambda: OPS.relu_backward(DY, DY[0])),
+    "shape for relu and bias": (ValueError, "grad has shape", lambda: OPS.relu_bias_grad(DY, DY[:1])),
+    "switch of another pool": (
+        ValueError, r"switch has shape \(2, 8, 2, 3\): allowed is \(2, 8, 3, 3\)",
+        lambda: OPS.max_pool2d_backward(POOLED, SWITCH[:, :, :2], None, X.shape, *WINDOW, False)),
+    "switch of another window": (TypeError, "switch has dtype torch.int32: allowed is torch.uint8",
+                                 lambda: OPS.max_pool2d_indices(SWITCH.int(), X.shape, *WINDOW)),
+    "gradient of another pool": (ValueError, "grad has shape",
+                                 lambda: OPS.max_pool2d_backward(DY, SWITCH, None, X.shape, *WINDOW, False)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "words", "call"), STRANGERS.values(), ids=STRANGERS)
+def test_tensors_that_do_not_belong(error: type[Exception], words: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_autograd_refuses_a_gradient_of_another_shape() -> None:
+    y = tk.conv2d(X, W.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="Mismatch in shape"):
+        y.backward(torch.ones(1))
+
+
 def test_a_tile_override_is_honoured_or_refused() -> None:
     x, w = torch.randn(1, 5, 6, 6), torch.randn(4, 5, 3, 3)
     with pytest.raises(ValueError, match="multiples of 16 bytes"), tiles.override(formulation="pixel"):

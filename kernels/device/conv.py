@@ -70,6 +70,7 @@ def _store_pixels(
 # GEMM_M: filters of one group.  GEMM_N: output pixels, a [BOX_N, BOX_H, BOX_W] box of them.
 # GEMM_K: (r, s, c), taps that lie outside the image for the whole box are skipped.
 # With BOX_H = BOX_W = 1 ("pixel") a box never straddles the border, and stride only moves a coordinate.
+# With SHIFT a second product makes the next output column: what its tap s - 1 reads is what tap s of the first reads.
 # Programs from FULL on share the depth of a tile between SPLITS of them; fprop_finish adds what they leave in `parts`.
 @triton.jit
 def fprop_box(
@@ -81,6 +82,7 @@ def fprop_box(
     bias,  # pointer to [GROUPS * K], or None
     parts,  # pointer to [tiles from FULL on, SPLITS, BLOCK_K + BLOCK_K2, pixels of a box], or None
     FULL,
+    WIDTH,  # columns of w
     N,
     H,
     W,
@@ -118,9 +120,12 @@ def fprop_box(
     BLOCK_K: tl.constexpr,
     BLOCK_K2: tl.constexpr,  # filters of a second product on the same pixels: 128 + 64 wastes no column of 192 or 384
     BLOCK_C: tl.constexpr,
+    SHIFT: tl.constexpr,  # 0, or 1 with BOX_W = 1, BLOCK_K2 = BLOCK_K, stride and dilation 1 along W
 ):
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    NEXT_K: tl.constexpr = BLOCK_K2 if SHIFT else BLOCK_K + BLOCK_K2
     ROWS: tl.constexpr = BLOCK_K + BLOCK_K2
+    tl.static_assert(SHIFT == 0 or (BOX_W == 1 and DIL_W == 1 and BLOCK_K2 == BLOCK_K))
     t = tl.program_id(0)
     part = 0
     shares = 1
@@ -129,14 +134,14 @@ def fprop_box(
             part = (t - FULL) % SPLITS
             shares = SPLITS
             t = FULL + (t - FULL) // SPLITS
-    k0, g, n, p, q = _box_origin(t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W, ROWS)
+    k0, g, n, p, q = _box_origin(t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W + SHIFT, NEXT_K)
     h0 = p * stride_h - pad_h
     w0 = q * stride_w - pad_w
     # cdiv rounds towards zero for negatives; the outer maximum makes that harmless.
     r_lo = tl.maximum(0, tl.cdiv(1 - BOX_H - h0, DIL_H))
     r_hi = tl.minimum(R, tl.maximum(0, tl.cdiv(H - h0, DIL_H)))
     s_lo = tl.maximum(0, tl.cdiv(1 - BOX_W - w0, DIL_W))
-    s_hi = tl.minimum(S, tl.maximum(0, tl.cdiv(W - w0, DIL_W)))
+    s_hi = tl.minimum(S + SHIFT, tl.maximum(0, tl.cdiv(W - w0, DIL_W)))
     n_c = tl.cdiv(C, BLOCK_C)
     steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * n_c
     c, s, r = 0, s_lo, r_lo
@@ -157,16 +162,24 @@ def fprop_box(
         else:
             box = x.load([n, h0 + r * DIL_H, w0 + s * DIL_W, g, c]).reshape(PIXELS, BLOCK_C)
         tap = TAP_0 + r * TAP_R + s * TAP_S
+        column = tap * K if TRANSPOSED else tap * C
+        if SHIFT:  # a tap that the filters do not have lies beyond the matrix, and so is zero
+            column = tl.where(s < S, column, WIDTH)
         if TRANSPOSED:
-            filters = w.load([g * C + c, tap * K + k0]).T
+            filters = w.load([g * C + c, column + k0]).T
         else:
-            filters = w.load([g * K + k0, tap * C + c])
+            filters = w.load([g * K + k0, column + c])
         acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
         if BLOCK_K2:
+            below = BLOCK_K
+            if SHIFT:
+                below = 0
+                column = (tap - TAP_S) * K if TRANSPOSED else (tap - TAP_S) * C
+                column = tl.where(s > 0, column, WIDTH)
             if TRANSPOSED:
-                filters = w2.load([g * C + c, tap * K + k0 + BLOCK_K]).T
+                filters = w2.load([g * C + c, column + k0 + below]).T
             else:
-                filters = w2.load([g * K + k0 + BLOCK_K, tap * C + c])
+                filters = w2.load([g * K + k0 + below, column + c])
             acc2 = tl.dot(filters, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
         c, s, r = _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
     if SPLITS > 1:
@@ -184,10 +197,11 @@ def fprop_box(
         GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K,
     )  # fmt: skip
     if BLOCK_K2:
-        k = k0 + BLOCK_K + tl.arange(0, BLOCK_K2)
+        k1 = k0 if SHIFT else k0 + BLOCK_K
+        k = k1 + tl.arange(0, BLOCK_K2)
         acc2 = _bias_and_activation(acc2, bias, g, k, K, HAS_BIAS, ACTIVATION)
         _store_box(
-            y2, acc2.to(OUT), k0 + BLOCK_K, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
+            y2, acc2.to(OUT), k1, g, n, p, q + SHIFT, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
             GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
         )  # fmt: skip
 
@@ -233,7 +247,8 @@ def fprop_finish(
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # divides ROWS
+    SHIFT: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # divides ROWS, and half of it with SHIFT
     BLOCK_P: tl.constexpr,  # divides the pixels of a box
 ):
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
@@ -242,12 +257,17 @@ def fprop_finish(
     block = tl.program_id(0) % BLOCKS
     row = block % (ROWS // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
     i = block // (ROWS // BLOCK_K) * BLOCK_P + tl.arange(0, BLOCK_P)
-    k0, g, n, p, q = _box_origin(FULL + t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W, ROWS)
+    NEXT_K: tl.constexpr = ROWS // 2 if SHIFT else ROWS
+    k0, g, n, p, q = _box_origin(FULL + t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W + SHIFT, NEXT_K)
     slot = parts + t.to(tl.int64) * (SPLITS * ROWS * PIXELS)
     acc = tl.zeros((BLOCK_K, BLOCK_P), parts.dtype.element_ty)
     for part in tl.range(SPLITS):
         acc += tl.load(slot + part * (ROWS * PIXELS) + (row * PIXELS)[:, None] + i[None, :])
     k = k0 + row
+    if SHIFT:  # the rows of the second product are those of the first, one column on
+        second = block % (ROWS // BLOCK_K) * BLOCK_K // NEXT_K
+        k -= second * NEXT_K
+        q += second
     acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
     _store_pixels(
         y, acc.to(OUT), i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W

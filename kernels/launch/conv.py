@@ -163,21 +163,21 @@ def _plan_box(
             return None
         return _image_descriptor(y, problem.groups, tile.box, rows) if store_box else y
 
-    boxes = [triton.cdiv(e, b) for e, b in zip((problem.N, problem.P, problem.Q), tile.box, strict=True)]
-    programs = math.prod(boxes) * problem.groups * triton.cdiv(problem.group_filters, tile.rows)
+    programs = tile.boxes(problem) * problem.groups * triton.cdiv(problem.group_filters, tile.filters)
     shared = min(tile.tail or programs, programs) if tile.splits > 1 else 0
     parts = None
     if shared:
         dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
         parts = torch.empty((shared, tile.splits, tile.rows, tile.pixels), dtype=dtype, device=y.device)
     where = {"FULL": programs - shared, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
-             "BOX_W": tile.box[2]}  # fmt: skip
+             "BOX_W": tile.box[2], "SHIFT": int(tile.shift)}  # fmt: skip
     arguments = common | where | {
         "x": _image_descriptor(_for_descriptor(x, problem.groups), problem.groups, tile.box, tile.block_c),
         "w": filter_box(tile.block_k), "w2": filter_box(tile.block_k2),
         "y": output_box(tile.block_k), "y2": output_box(tile.block_k2), "parts": parts,
         "stride_h": problem.stride[0], "stride_w": problem.stride[1],
         "TRANSPOSED": transposed, "STORE_BOX": store_box, "BLOCK_K2": tile.block_k2,
+        "WIDTH": matrix.shape[1],
     }  # fmt: skip
     grid = programs + shared * (tile.splits - 1)
     first = Launch(device.fprop_box, (grid,), arguments, tile.num_warps, tile.num_stages, str(tile))
@@ -186,10 +186,10 @@ def _plan_box(
 
 def _plan_finish(tile: tiles.ConvTile, parts: torch.Tensor, y: torch.Tensor, known: dict[str, Any], gpu: GPU) -> Launch:
     """The launch that adds the parts of shared tiles and finishes them as a whole tile would."""
-    block_k = math.gcd(tile.rows, 1024 if gpu.interprets else 64)
+    block_k = math.gcd(tile.filters, 1024 if gpu.interprets else 64)
     block_p = tile.pixels if gpu.interprets else min(tile.pixels, 64)
     names = ("bias", "FULL", "N", "P", "Q", "K", "stride_yn", "stride_yp", "stride_yq", "stride_yk", "GROUPS", "SPLITS",
-             "HAS_BIAS", "ACTIVATION", "OUT", "BOX_N", "BOX_H", "BOX_W")  # fmt: skip
+             "HAS_BIAS", "ACTIVATION", "OUT", "BOX_N", "BOX_H", "BOX_W", "SHIFT")  # fmt: skip
     arguments = {name: known[name] for name in names}
     arguments |= {"parts": parts, "y": y, "ROWS": tile.rows, "BLOCK_K": block_k, "BLOCK_P": block_p}
     programs = parts.shape[0] * (tile.rows // block_k) * (tile.pixels // block_p)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import hardware, layout
+from tileconv.kernels import checks, hardware, layout
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv as launch_conv
 from tileconv.kernels.launch import pointwise as launch_pointwise
@@ -60,6 +60,7 @@ def _dgrad(
     groups: int, precision: str, channels_last: bool,
 ) -> torch.Tensor:  # fmt: skip
     problem = conv2d_problem(input_shape, weight.shape, stride, padding, dilation, groups)
+    checks.belongs("grad", grad, problem.y_shape, weight, weight.dtype)
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
         gpu = hardware.gpu_of(grad.device)
@@ -80,6 +81,7 @@ def _wgrad(
     groups: int, precision: str,
 ) -> torch.Tensor:  # fmt: skip
     problem = conv2d_problem(input.shape, weight_shape, stride, padding, dilation, groups)
+    checks.belongs("grad", grad, problem.y_shape, input, input.dtype)
     grad_weight = layout.empty_image(weight_shape, grad, channels_last=True)
     if not grad.numel():
         return grad_weight.zero_()
@@ -111,6 +113,7 @@ define(
 def _bias_backward(grad: torch.Tensor, output: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
     masked = None
     if output is not None:
+        checks.belongs("grad", grad, output.shape, output, output.dtype)
         output = launch_pointwise.rows_in_line(layout.dense(output))
         masked = torch.empty_like(output)
     sums = torch.zeros(grad.shape[1], dtype=grad.dtype, device=grad.device)

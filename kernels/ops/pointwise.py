@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import hardware, layout
+from tileconv.kernels import checks, hardware, layout
 from tileconv.kernels.launch import pointwise as launch_pointwise
 from tileconv.kernels.ops.registry import define
 
@@ -19,6 +19,7 @@ def _relu(input: torch.Tensor) -> torch.Tensor:
 
 
 def _relu_backward(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    checks.belongs("grad", grad, output.shape, output, output.dtype)
     output = layout.dense(output)
     grad = layout.laid_out_like(grad, output)
     grad_input = torch.empty_like(output)

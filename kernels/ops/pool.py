@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import hardware, layout
+from tileconv.kernels import checks, hardware, layout
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
 from tileconv.kernels.launch import pool as launch_pool
 from tileconv.kernels.ops.registry import Ints, define
@@ -54,6 +54,7 @@ def _max_pool_indices(
     switch: torch.Tensor, input_shape: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
 ) -> torch.Tensor:
     problem = pool2d_problem(input_shape, kernel, stride, padding, dilation, ceil_mode)
+    checks.belongs("switch", switch, problem.y_shape, switch, launch_pool.switch_dtype(problem))
     indices = torch.empty_like(switch, dtype=torch.int64)
     if indices.numel():
         launch_pool.plan_switch_to_index(problem, switch, indices, gpu=hardware.gpu_of(switch.device)).run()
@@ -65,6 +66,10 @@ def _max_pool_backward(
     stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool, channels_last: bool,
 ) -> torch.Tensor:  # fmt: skip
     problem = pool2d_problem(input_shape, kernel, stride, padding, dilation, ceil_mode)
+    checks.belongs("switch", switch, problem.y_shape, grad, launch_pool.switch_dtype(problem))
+    checks.belongs("grad", grad, problem.y_shape, switch, grad.dtype if output is None else output.dtype)
+    if output is not None:
+        checks.belongs("output", output, problem.y_shape, grad, grad.dtype)
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
         mask = None if output is None else layout.laid_out_like(output, switch)
