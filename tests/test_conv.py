@@ -248,6 +248,18 @@ def test_views_give_torchs_numbers_and_memory_format(kind: str, formulation: str
     assert ours[0].stride() == want.stride()
 
 
+def test_a_weight_that_starts_off_16_bytes() -> None:
+    x, w, b = operands(CASES[0], torch.float32)
+    storage = torch.empty(w.numel() + 1)
+    view = storage[1:].view(w.shape[0], 3, 3, w.shape[1]).permute(0, 3, 1, 2).copy_(w)
+    dy = torch.randn(F.conv2d(x, w, padding=1).shape)
+    for formulation in tiles.FORMULATIONS:
+        with tiles.override(formulation=formulation):
+            ours = run(lambda *t: tk.conv2d(*t, padding=1), x, view, b, dy)
+        assert_close(ours, run(lambda *t: F.conv2d(*t, padding=1), x, w, b, dy), run(
+            lambda *t: F.conv2d(*t, padding=1), x.double(), w.double(), b.double(), dy))  # fmt: skip
+
+
 def test_a_channels_last_weight_makes_the_output_channels_last() -> None:
     x, w, b = operands(CASES[0], torch.float32, torch.contiguous_format)
     y = tk.conv2d(x, w.contiguous(memory_format=CHANNELS_LAST), b, padding=1)

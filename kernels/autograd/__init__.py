@@ -4,6 +4,6 @@ Every Function takes its op's arguments.  Only gradients that are asked for are 
 Function is skipped: the names at the end of each file are the doors.
 """
 
-from tileconv.kernels.autograd import conv, norm, pointwise, pool
+from tileconv.kernels.autograd import conv, local, norm, pointwise, pool, softmax, transpose, unfold
 
-__all__ = ["conv", "norm", "pointwise", "pool"]
+__all__ = ["conv", "local", "norm", "pointwise", "pool", "softmax", "transpose", "unfold"]

@@ -14,6 +14,14 @@ from tileconv.kernels.device import conv as device
 from tileconv.kernels.geometry import Conv2dProblem, Filters
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
+from tileconv.kernels.launch.descriptors import (
+    aligned,
+    describable,
+    for_descriptor,
+    image_descriptor,
+    matrix_descriptor,
+    row_descriptor,
+)
 from tileconv.kernels.launch.layout import plan_depth_to_space, plan_space_to_depth
 from tileconv.kernels.launch.pointwise import plan_add_slices
 
@@ -101,8 +109,8 @@ def plan_wgrad(
         }  # fmt: skip
     else:
         kernel = device.wgrad_box
-        x, dy = _for_descriptor(x, problem.groups), _for_descriptor(dy, problem.groups)
-        describe = _row_descriptor if tile.formulation == "pixel" else _image_descriptor
+        x, dy = for_descriptor(x, problem.groups), for_descriptor(dy, problem.groups)
+        describe = row_descriptor if tile.formulation == "pixel" else image_descriptor
         arguments |= {
             "x": describe(x, problem.groups, tile.box, tile.block_c),
             "dy": describe(dy, problem.groups, tile.box, tile.block_k),
@@ -145,7 +153,7 @@ def _plan_box(
     problem: Conv2dProblem, filters: Filters, tile: tiles.ConvTile,
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any], gpu: GPU,
 ) -> list[Launch]:  # fmt: skip
-    matrix = _filter_matrix(w)
+    matrix = aligned(_filter_matrix(w))
     transposed = filters.transposed
     if transposed and w.itemsize == 4:
         # Tensor cores read 4-byte operands along the depth only: without this copy they wait for a turn in registers.
@@ -153,15 +161,15 @@ def _plan_box(
         transposed = False
 
     def filter_box(rows: int) -> TensorDescriptor | None:
-        box = [tile.block_c, rows] if transposed else [rows, tile.block_c]
-        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box) if rows else None
+        box = (tile.block_c, rows) if transposed else (rows, tile.block_c)
+        return matrix_descriptor(matrix, box) if rows else None
 
-    store_box = _describable(y, problem.groups)
+    store_box = describable(y, problem.groups)
 
     def output_box(rows: int) -> TensorDescriptor | torch.Tensor | None:
         if not rows:
             return None
-        return _image_descriptor(y, problem.groups, tile.box, rows) if store_box else y
+        return image_descriptor(y, problem.groups, tile.box, rows) if store_box else y
 
     programs = tile.boxes(problem) * problem.groups * triton.cdiv(problem.group_filters, tile.filters)
     shared = min(tile.tail or programs, programs) if tile.splits > 1 else 0
@@ -172,7 +180,7 @@ def _plan_box(
     where = {"FULL": programs - shared, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
              "BOX_W": tile.box[2], "SHIFT": int(tile.shift)}  # fmt: skip
     arguments = common | where | {
-        "x": _image_descriptor(_for_descriptor(x, problem.groups), problem.groups, tile.box, tile.block_c),
+        "x": image_descriptor(for_descriptor(x, problem.groups), problem.groups, tile.box, tile.block_c),
         "w": filter_box(tile.block_k), "w2": filter_box(tile.block_k2),
         "y": output_box(tile.block_k), "y2": output_box(tile.block_k2), "parts": parts,
         "stride_h": problem.stride[0], "stride_w": problem.stride[1],
@@ -220,40 +228,3 @@ def _plan_gather(
 def _filter_matrix(w: torch.Tensor) -> torch.Tensor:
     """The filters as [K, R * S * C/groups]: a view of channels_last weights, a copy of others."""
     return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).contiguous()
-
-
-def _describable(image: torch.Tensor, groups: int) -> bool:
-    """Whether a tensor descriptor can address `image` [N, C, H, W] as it lies: NHWC, all pitches 16-byte multiples."""
-    channels = image.shape[1] // groups
-    pitches = [stride for extent, stride in zip(image.shape, image.stride(), strict=True) if extent > 1]
-    if image.shape[1] > 1:
-        pitches.remove(image.stride(1))
-    aligned = all(pitch > 0 and pitch * image.itemsize % 16 == 0 for pitch in [*pitches, channels])
-    return aligned and (image.stride(1) == 1 or image.shape[1] == 1) and image.data_ptr() % 16 == 0
-
-
-def _for_descriptor(image: torch.Tensor, groups: int) -> torch.Tensor:
-    if _describable(image, groups):
-        return image
-    return torch.empty_like(image, memory_format=torch.channels_last).copy_(image)
-
-
-def _image_descriptor(image: torch.Tensor, groups: int, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
-    """[N, H, W, C]; with groups [N, H, W, groups, C/groups], so that a box cannot run into the next group."""
-    count, total, height, width = image.shape
-    strides = [
-        stride if extent > 1 else total  # an axis of one element has no pitch of its own
-        for extent, stride in ((count, image.stride(0)), (height, image.stride(2)), (width, image.stride(3)))
-    ]
-    if groups == 1:
-        return TensorDescriptor(image, [count, height, width, total], [*strides, 1], [*box, channels])
-    shape = [count, height, width, groups, total // groups]
-    return TensorDescriptor(image, shape, [*strides, total // groups, 1], [*box, 1, channels])
-
-
-def _row_descriptor(image: torch.Tensor, groups: int, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
-    """[N, everything of one image]: a box of one pixel needs no more, and the tensor cores take it as it lies."""
-    del groups  # a group's channels are an offset along the row
-    row = sum((extent - 1) * stride for extent, stride in zip(image.shape[1:], image.stride()[1:], strict=True)) + 1
-    pitch = image.stride(0) if image.shape[0] > 1 else image.shape[1]
-    return TensorDescriptor(image, [image.shape[0], row], [pitch, 1], [box[0], channels])

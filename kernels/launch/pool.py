@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ def plan_adaptive_max_backward(
         **strides("y", switch, "ncpq"), **strides("x", dx, "nchw"), "R": problem.overlap[0],
         "OVER": problem.overlap[1], "S": problem.window[1], "ACC": accumulator(dx.dtype),
     }  # fmt: skip
-    return _tiled(selection.adaptive_max_backward, arguments, dx, tuple(dx.shape), gpu, [dx, dy])
+    return _tiled(selection.adaptive_max_backward, arguments, dx, tuple(dx.shape), gpu, [dx, dy], crowded=True)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def plan_average_backward(
         **strides("d", dx, "nchw"), **_undilated(problem), **averaging.arguments, "ACC": accumulator(dx.dtype),
     }  # fmt: skip
     images = [image for image in (dx, dy, x, y) if image is not None]
-    return _tiled(average.average_backward, arguments, dx, problem.x_shape, gpu, images)
+    return _tiled(average.average_backward, arguments, dx, problem.x_shape, gpu, images, crowded=x is not None)
 
 
 def plan_unpool(x: torch.Tensor, index: torch.Tensor, y: torch.Tensor, *, gpu: GPU) -> Launch:
@@ -204,12 +204,20 @@ def _tiled(
     shape: tuple[int, ...],
     gpu: GPU,
     images: list[torch.Tensor],
+    *,
+    crowded: bool = False,
 ) -> Launch:
-    """Rows and columns of outputs, the columns along the axis that is contiguous in `out`."""
+    """Rows and columns of outputs, the columns along the axis that is contiguous in `out`.
+
+    Where a kernel holds several operands and NCHW's offsets differ from element to element, a whole tile does not fit
+    the registers: `crowded` halves it there.
+    """
     count, channels, rows, columns = shape
     nhwc = channels > 1 and out.stride(1) == 1
     height, width = (count * rows * columns, channels) if nhwc else (count * channels * rows, columns)
     tile = tiles.choose_elementwise(height, width, out.dtype, gpu)
+    if crowded and not nhwc and not gpu.interprets:
+        tile = replace(tile, rows=max(1, tile.rows // 2))
     arguments |= {
         "HEIGHT": height, "NHWC": nhwc, "INDEX": index_type(*images), "ROWS": tile.rows, "COLS": tile.cols,
     }  # fmt: skip
