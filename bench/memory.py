@@ -1,0 +1,53 @@
+"""What each layer keeps for its backward pass, beside what PyTorch's own kernels keep.  Counted, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def saved_bytes(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, parameters: list[torch.Tensor]) -> int:
+    """Bytes that autograd keeps after `run(x)`: each storage once, parameters left out, since they are kept anyway."""
+    kept: dict[int, int] = {}
+    ours = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = run(x)
+    assert y.grad_fn is not None  # and it, like the tensors, lives until here
+    return sum(kept.values())
+
+
+def alexnet_saved(batch: int = 1, device: str = "cpu") -> list[dict[str, Any]]:
+    """For each layer of AlexNet in training: layer, and the bytes an image that tileconv and PyTorch keep (fp32).
+
+    The input of a layer is the output of the one before; it counts where a layer keeps it, and once in the last row,
+    the whole network.
+    """
+    from tileconv.model.alexnet import alexnet, layers, reference_forward
+    from tileconv.model.data import photographs
+
+    model = alexnet(seed=0).to(device).train()
+    x = pictures = photographs(batch).to(device)
+    rows = []
+
+    def count(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> int:
+        return saved_bytes(run, x, list(model.parameters())) // batch
+
+    for layer in layers(model):
+        x = x.detach()
+        if x.dim() == 4 and x.shape[1] > 3:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x.requires_grad_(layer.name != "conv1")
+        rows.append({"layer": layer.name, "tileconv": count(layer.ours, x), "pytorch": count(layer.reference, x)})
+        with torch.no_grad():
+            x = layer.reference(x)
+    theirs = count(lambda x: reference_forward(model, x), pictures)
+    return [*rows, {"layer": "network", "tileconv": count(model, pictures), "pytorch": theirs}]
