@@ -33,6 +33,7 @@ PASSES_OF = {
     "linear": ("fprop", "dgrad", "wgrad", "backward"),
     "max_pool2d": ("forward", "backward"),
     "adaptive_avg_pool2d": ("forward", "backward"),
+    "local_response_norm": ("forward", "backward"),
 }
 
 
@@ -150,6 +151,8 @@ def launches(case: Case, gpu: Any) -> list[Any]:
     dtype = DTYPES[known("dtype", case.dtype, DTYPES)]
     if shape.op in ("conv2d", "linear"):
         return _conv_launches(shape, case, dtype, gpu)
+    if shape.op == "local_response_norm":
+        return [_norm_launch(shape, case, dtype, gpu)]
     return _pool_launches(shape, case, dtype, gpu)
 
 
@@ -179,6 +182,16 @@ def _conv_launches(shape: Shape, case: Case, dtype: torch.dtype, gpu: Any) -> li
         output, masked = (y, torch.empty_like(y)) if masks else (None, None)
         planned = pointwise.plan_bias_backward(y, output, masked, bias, gpu=gpu)
     return planned
+
+
+def _norm_launch(shape: Shape, case: Case, dtype: torch.dtype, gpu: Any) -> Any:
+    from tileconv.kernels.launch import norm
+
+    m: Any = shape.module
+    x = _image(dtype, *shape.input)
+    dy = None if case.pass_ == "forward" else torch.empty_like(x)
+    # The kernel takes alpha per channel of the window, torch's module divides it by their number.
+    return norm.plan_local_response_norm(x, dy, torch.empty_like(x), m.size, m.alpha / m.size, m.beta, m.k, gpu=gpu)
 
 
 def _pool_launches(shape: Shape, case: Case, dtype: torch.dtype, gpu: Any) -> list[Any]:

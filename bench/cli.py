@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,10 +14,18 @@ from rich.table import Table
 
 from tileconv.model.train import train
 
+from .records import Record
 from .workers import Progress as Callback
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Convolution kernels: check, inspect, measure, train.")
-TITLES = {"check": "Checking against float64", "inspect": "Compiling and reading", "measure": "Measuring"}
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Convolution kernels: check, inspect, measure, train."
+)
+TITLES = {
+    "check": "Checking against float64",
+    "inspect": "Compiling and reading",
+    "measure": "Measuring",
+    "peers": "Compiling peers",
+}
 
 
 class Steps:
@@ -98,48 +106,88 @@ def inspect(
     suite: Annotated[str, typer.Option(help="Which network's layers.")] = "alexnet",
     arch: Annotated[list[str] | None, typer.Option(help="sm_80 ... sm_120 or gfx942; may be given again.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, tf32, fp32 or fp64; may be given again.")] = None,
-    pass_: Annotated[list[str] | None, typer.Option("--pass", help="fprop or forward; may be given again.")] = None,
+    pass_: Annotated[
+        list[str] | None,
+        typer.Option("--pass", help="fprop, dgrad, wgrad, forward or backward; may be given again. Default: all."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Batch size of the launches.")] = 128,
+    layer: Annotated[list[str] | None, typer.Option(help="A layer's name; may be given again. Default: all.")] = None,
     jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write a record, which `tileconv report` renders.")
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also compile PyTorch Inductor's Triton convolutions, side by side.")
+    ] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew what an earlier run read.")] = False,
 ) -> None:
-    """Compile what would be launched, for GPUs that need not be there, and show what the machine code is made of."""
-    import json
+    """Compile what would be launched, for GPUs that need not be there: what it is made of, and the model's time for it.
 
-    from .cases import PASSES, cases, known
+    Facts are kept in the user's cache folder; TILECONV_CACHE names another one.
+    """
+    from datetime import UTC, datetime
+
+    from .cases import PASSES, cases
     from .inspect import ARCHS, inspect_all
-    from .records import replace_text
+    from .job import inspection_record
+    from .networks import known
+    from .peers import inspect_peers
+    from .records import save
 
     console = Console()
+    started = datetime.now(UTC)
     try:
         archs = [known("arch", a, ARCHS) for a in arch or ["sm_90"]]
-        todo = cases(suite, batch, dtype or ["fp16"], pass_ or list(PASSES))
+        todo = cases(suite, batch, dtype or ["fp16"], pass_ or PASSES, layer or ())
+        if not todo:
+            raise ValueError("no layer of the suite has such a pass: nothing to inspect")
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise ValueError(f"json={str(json_file)!r}: its directory does not exist")
         with steps(Console(stderr=True)) as progress:
-            rows = inspect_all(todo, archs, jobs=jobs, progress=progress("inspect"))
+            rows = inspect_all(todo, archs, jobs=jobs, cached=not no_cache, progress=progress("inspect"))
+            others = []
+            if peers:
+                others = inspect_peers(todo, archs, jobs=jobs, cached=not no_cache, progress=progress("peers"))
+        chosen = {"arch": archs, "dtype": dtype or [], "pass": pass_ or [], "layer": layer or []}
+        options = [f"--{name} {value}" for name, values in chosen.items() for value in values]
+        options += ["--peers"] if peers else []
+        command = " ".join(["tileconv inspect", f"--suite {suite} --batch {batch}", *options])
+        seconds = (datetime.now(UTC) - started).total_seconds()
+        record = inspection_record(rows, suite, command, started, seconds, others)
         if json_file is not None:
-            replace_text(json_file, json.dumps(rows, indent=1) + "\n")
+            save(record, json_file)
     except (ValueError, ImportError, OSError) as error:
         _fail(error)
-    _print_inspections(console, rows)
-    if any(row["failure"] for row in rows):
+    _print_inspections(console, record)
+    if any(item.failure for item in record.inspections):
         raise typer.Exit(1)
 
 
-def _print_inspections(console: Console, rows: list[dict[str, Any]]) -> None:
-    """A table of inspection rows, as wide as it needs to be when nobody watches."""
-    from .records import Inspection, from_data
-    from .report import inspection_cells
+def _print_inspections(console: Console, record: Record) -> None:
+    """A table of launches, then what falls short, as wide as they need to be when nobody watches."""
+    from .report_inspected import inspected_line, inspection_cells, modelled_line, peer_table, shortfall_table
 
-    header, cells = inspection_cells([from_data(Inspection, row) for row in rows])
-    table = Table(box=None, pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for line in cells:
-        table.add_row(*line)
-    wide = console if console.is_terminal else Console(width=400)
-    wide.print(table, highlight=False, markup=False)
+    rows = record.inspections
+    wide = console if console.is_terminal else Console(width=500)
+    short = shortfall_table(rows)
+    beside = peer_table(record)
+    parts = (
+        ("", inspection_cells(rows)),
+        ("Falls short", (short.header, short.rows)),
+        ("Beside Inductor's templates (theirs at best, ours modelled)", (beside.header, beside.rows)),
+    )
+    for title, (header, cells) in parts:
+        table = Table(box=None, pad_edge=False, title=title or None, title_justify="left")
+        for name in header:
+            table.add_column(name, overflow="fold")
+        for line in cells:
+            table.add_row(*line)
+        if cells:
+            wide.print(table, highlight=False, markup=False)
+    if record.peers:
+        _say(console, "Peers: FlagGems is not a dependency and not compared here.")
+    _say(console, f"Inspected: {inspected_line(rows)}")
+    _say(console, f"Modelled: {modelled_line(rows)}")
 
 
 @app.command()

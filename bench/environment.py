@@ -23,6 +23,11 @@ def device() -> Device:
     return Device("Triton's interpreter on a CPU", "interpreter", "interpreter")
 
 
+def no_device(name: str) -> Device:
+    """For what was compiled and read, and run nowhere; `name` becomes the report's file name."""
+    return Device("no GPU", "none", slug(name))
+
+
 def versions() -> Versions:
     """Versions of all that shapes a result."""
     import numpy

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from . import environment
-from .cases import cases
+from .cases import FORWARD, PASSES, cases
 from .check import checks
 from .inspect import inspect_all
 from .records import Check, Inspection, Record, Timing, from_data, save
@@ -20,7 +20,9 @@ from .timing import Timer
 from .workers import Progress
 
 CHECKED = ("fp32", "fp16", "bf16")
-INSPECTED = ("sm_90", "sm_80")
+# Every pass where the targets are stated; where kernels take pointers, the forward passes.
+INSPECTED = {"sm_90": PASSES, "sm_80": FORWARD}
+INSPECTED_DTYPES = ("fp16",)
 MEASURED = ("fp16", "bf16", "tf32")
 BATCH_ON_GPU = 128
 
@@ -32,7 +34,7 @@ class Job:
     batch: int = 2
     jobs: int = 2
     check_dtypes: Sequence[str] = CHECKED
-    archs: Sequence[str] = INSPECTED
+    inspected: Mapping[str, Sequence[str]] = field(default_factory=lambda: INSPECTED)
     inspect_batch: int = BATCH_ON_GPU
 
     @property
@@ -67,14 +69,20 @@ def run_job(
     clock = time.monotonic()
     device = environment.device()
     check_rows = checks(job.batch, job.check_dtypes, jobs=job.jobs, progress=progress("check"))
-    todo = cases("alexnet", job.inspect_batch)
-    inspect_rows = inspect_all(todo, job.archs, jobs=job.jobs, progress=progress("inspect"))
+    inspect_rows = [
+        row
+        for arch, passes in job.inspected.items()
+        for row in inspect_all(
+            cases("alexnet", job.inspect_batch, INSPECTED_DTYPES, passes), [arch], jobs=job.jobs,
+            progress=progress(f"Compiling and reading {arch}"),
+        )
+    ]  # fmt: skip
     timings: list[Timing] = []
     if device.kind == "cuda":
         from .providers import timings as measure
         from .timing import CudaTimer
 
-        measured = cases("alexnet", job.inspect_batch, MEASURED)
+        measured = cases("alexnet", job.inspect_batch, MEASURED, FORWARD)
         timings = measure(measured, timer or CudaTimer(), progress=progress("measure"))
     record = Record(
         device=device,
@@ -93,6 +101,28 @@ def run_job(
     return record, [*render_report(record, out), data]
 
 
+def inspection_record(
+    rows: Sequence[dict[str, Any]],
+    suite: str,
+    command: str,
+    started: datetime,
+    seconds: float,
+    peers: Sequence[dict[str, Any]] = (),
+) -> Record:
+    """A record of inspections alone, which `tileconv report` renders like that of a whole run."""
+    return Record(
+        device=environment.no_device(f"inspect-{suite}"),
+        versions=environment.versions(),
+        commit=environment.commit(),
+        started=started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        seconds=round(seconds, 1),
+        machine=environment.machine(),
+        command=command,
+        inspections=_rows(Inspection, rows),
+        peers=_rows(Inspection, peers),
+    )
+
+
 def _rows(cls: type[Any], rows: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
     """Worker output, validated as strictly as a file."""
     return tuple(from_data(cls, row, f"{cls.__name__.lower()}[{i}]") for i, row in enumerate(rows))
@@ -101,7 +131,7 @@ def _rows(cls: type[Any], rows: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
 def failures(record: Record) -> list[str]:
     """What makes the command end with an error: wrong results, and launches that do not compile."""
     wrong = [f"{c.case}: {c.note or 'outside its budget'}" for c in record.checks if not c.passed]
-    lost = [f"{i.layer} {i.arch}: {i.failure}" for i in record.inspections if i.failure is not None]
+    lost = [f"{i.layer} {i.pass_} {i.arch}: {i.failure}" for i in record.inspections if i.failure is not None]
     untimed = [
         f"{t.layer} {t.dtype} {t.l2}: {t.note}" for t in record.timings if t.provider == "tileconv" and not t.passed
     ]

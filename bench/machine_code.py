@@ -86,6 +86,18 @@ class MachineCode:
     serialised: bool
     register_operand: bool
 
+    @property
+    def mma_units(self) -> float:
+        """The loop's products in units of one HGMMA.64x128 (32 bytes deep), or of one HMMA.16816."""
+        return sum(count * product_size(opcode) for opcode, count in self.mma.items())
+
+
+def product_size(opcode: str) -> float:
+    """A product's size: HGMMA.64xNx* counts N / 128, HMMA.16816 counts 1; so does 1688 on 4-byte elements."""
+    if wide := re.match(r"[HQI]GMMA\.(\d+)x(\d+)x\d+", opcode):
+        return int(wide[1]) * int(wide[2]) / (64 * 128)
+    return 0.5 if opcode.startswith("HMMA.1688") and "TF32" not in opcode else 1.0
+
 
 def parse_sass(text: str) -> list[Function]:
     """Read the output of `nvdisasm -c`: one Function for every .text section, the helpers behind it included."""
@@ -240,7 +252,7 @@ def read_amdgcn(assembly: str) -> MachineCode:
 
     opcodes = re.findall(r"^\t([vsdbg][a-z]*_\w+)", assembly, re.MULTILINE)
     return MachineCode(
-        registers=number("vgpr_count") + number("agpr_count"),
+        registers=number("vgpr_count"),  # from gfx90a on this counts the accumulators in
         stack_bytes=number("private_segment_fixed_size"),
         spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
         scope="kernel",

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from .cases import DTYPES, Case, flops_of, shape_of
-from .networks import Shape, known
 from .check import budget, largest_difference
+from .networks import Shape, known
 from .records import Timing, finite
 from .timing import Quantiles, Timer
 from .workers import Progress, describe_error

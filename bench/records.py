@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class RecordError(ValueError):
@@ -23,10 +23,10 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Device:
-    """What ran the kernels. `slug` names the report's files."""
+    """What ran the kernels; kind "none" where they were only inspected. `slug` names the report's files."""
 
     name: str
-    kind: Literal["interpreter", "cuda"]
+    kind: Literal["interpreter", "cuda", "none"]
     slug: str
 
     def __post_init__(self) -> None:
@@ -89,12 +89,20 @@ class Check:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts read from the machine code of one launch. `failure` is why it did not compile; the facts are then zero.
+    """One launch of a case: what its machine code says, what it moves, and what the cost model makes of it.
 
-    `scope` "loop": loop_* describe the main loop. "kernel": there is no multiplying loop; loop_loads counts the loads
-    and stores of the whole kernel and loop_instructions is None.
+    Inspected: `registers` to `register_operand`. `scope` "loop": loop_* describe the main loop. "kernel": there is no
+    multiplying loop; loop_loads counts the loads and stores of the whole kernel and loop_instructions is None.
+    `other_per_mma` is other instructions of the loop for every HGMMA.64x128 (or HMMA.16816) it does the work of.
+    `failure` is why a launch did not compile; the facts are then zero.
+
+    Computed: bytes_read and bytes_written are requested by all programs (traffic between L2 and the SMs), bytes_least
+    counts each operand once (DRAM's least); for a helper, all that it touches. Modelled, never measured: the rest. A
+    case's launches are its rows with the same `case` and `arch`: their modelled_us add up, and each names the whole
+    case's floor_us. None: not known (no cost model for the GPU or the kernel).
     """
 
+    case: str
     network: str
     layer: str
     pass_: str
@@ -102,22 +110,42 @@ class Inspection:
     arch: str
     gpu: str
     batch: int
+    step: int
+    steps: int
+    role: Literal["main", "helper"]
     kernel: str
     tile: str
+    num_warps: int
+    num_stages: int
     registers: int
     stack_bytes: int
     spills: int
     shared_bytes: int
     fits: bool
     ctas: int
+    ctas_per_sm: int | None
     scope: Literal["loop", "kernel"]
     instructions: int
     mma: str | None
     loop_instructions: int | None
     loop_mma: int
+    other_per_mma: float | None
     loop_loads: dict[str, int]
     serialised: bool
     register_operand: bool
+    useful_rows: float | None
+    useful_columns: float | None
+    wave_efficiency: float | None
+    bytes_read: int | None
+    bytes_written: int | None
+    bytes_least: int | None
+    flops_done: int | None
+    flops_needed: int | None
+    modelled_us: float | None
+    floor_us: float | None
+    bound_by: str | None
+    peak_tflops: float | None
+    dram_gbs: float | None
     triton: str
     failure: str | None = None
 
@@ -151,7 +179,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Record:
-    """One run of the main job."""
+    """One run of the main job. `peers` are other projects' kernels, modelled_us a lower bound of their time."""
 
     device: Device
     versions: Versions
@@ -162,6 +190,7 @@ class Record:
     command: str
     checks: tuple[Check, ...] = ()
     inspections: tuple[Inspection, ...] = ()
+    peers: tuple[Inspection, ...] = ()
     timings: tuple[Timing, ...] = ()
     schema: int = field(default=SCHEMA)
 
@@ -283,7 +312,9 @@ def load(path: Path) -> Record:
     except json.JSONDecodeError as error:
         raise RecordError(f"{path}: not JSON: {error}") from None
     if isinstance(data, dict) and data.get("schema") != SCHEMA:
-        raise RecordError(f"{path}: schema: {_short(data.get('schema'))} is not the schema read here ({SCHEMA})")
+        older = isinstance(found := data.get("schema"), int) and found < SCHEMA
+        advice = "; it was written by an older version: run the same command again" if older else ""
+        raise RecordError(f"{path}: schema: {_short(found)} is not the schema read here ({SCHEMA}){advice}")
     try:
         record: Record = from_data(Record, data)
     except RecordError as error:

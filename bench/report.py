@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .document import Block, Facts, Figure, Heading, Paragraph, Table, to_html, to_markdown
-from .figures import draw_errors, draw_loops, render
-from .records import Check, Inspection, Record, Timing, replace_bytes, replace_text
+from .figures import draw_errors, render
+from .records import Check, Record, Timing, replace_bytes, replace_text
+from .report_inspected import inspect_section, inspected_line, listed, modelled_line, peer_section
 
 NO_SPEED = "nothing. No GPU ran these kernels, so no GPU speed was measured"
 
@@ -25,7 +26,7 @@ def render_report(record: Record, out: Path) -> list[Path]:
     The same record gives the same bytes.
     """
     slug = record.device.slug
-    blocks: list[Block] = [Heading(f"tileconv on {record.device.name}", 1), Facts(tuple(_first_lines(record)))]
+    blocks: list[Block] = [Heading(title_of(record), 1), Facts(tuple(_first_lines(record)))]
     pictures: list[Path] = []
 
     def picture(name: str, title: str, description: str, drawing: tuple[bytes, bytes, bytes]) -> Figure:
@@ -43,32 +44,27 @@ def render_report(record: Record, out: Path) -> list[Path]:
         text = "Error divided by allowed error for every layer, dtype and formulation, on a logarithmic scale"
         blocks += [Heading("Checked"), picture("errors", title, text, drawing), *_check_section(record.checks)]
     if record.inspections:
-        height = 1.4 + 0.3 * max(
-            sum(bool(i.loop_instructions) and i.arch == arch for i in record.inspections) for arch in _archs(record)
-        )
-        drawing = render(draw_loops(record.inspections), (10, max(height, 2.5)))
-        title = "What the main loop is made of, in instructions."
-        text = (
-            "Stacked bars: multiply, load and store, and other instructions in each layer's main loop, by architecture"
-        )
-        blocks += [Heading("Inspected"), picture("loops", title, text, drawing), *_inspect_section(record.inspections)]
+        blocks += inspect_section(record.inspections, picture)
+    if record.peers:
+        blocks += peer_section(record)
     blocks += _conditions(record)
     page = out / f"{slug}.html"
-    replace_text(page, to_html(f"tileconv on {record.device.name}", blocks))
+    replace_text(page, to_html(title_of(record), blocks))
     text_file = out / f"{slug}.md"
     replace_text(text_file, to_markdown(blocks))
     return [page, text_file, *pictures]
 
 
-def _archs(record: Record) -> list[str]:
-    return list(dict.fromkeys(i.arch for i in record.inspections))
+def title_of(record: Record) -> str:
+    """What the report is about: the device, or that there was none."""
+    return "tileconv, inspected" if record.device.kind == "none" else f"tileconv on {record.device.name}"
 
 
 def _first_lines(record: Record) -> list[tuple[str, str]]:
     return [
         ("Checked", _checked(record)),
-        ("Inspected", _inspected(record)),
-        ("Modelled", "nothing."),
+        ("Inspected", inspected_line(record.inspections)),
+        ("Modelled", modelled_line(record.inspections)),
         ("Measured", _measured(record)),
     ]
 
@@ -82,7 +78,7 @@ def _checked(record: Record) -> str:
     text = f"{passed} of {len(checks)} comparisons with float64 are within budget, {where}."
     network = [c for c in checks if c.layer == "network" and c.error is not None and c.allowed is not None]
     if network:
-        shares = _list(f"{_share(c)} in {c.dtype}" for c in network)
+        shares = listed(f"{_share(c)} in {c.dtype}" for c in network)
         text += f" AlexNet's forward pass on {network[0].shape[0]} photographs uses {shares} of the allowed error."
     return text
 
@@ -91,46 +87,6 @@ def _share(check: Check) -> str:
     if check.error is None or not check.allowed:
         return "-"
     return f"{100 * check.error / check.allowed:.3g} %"
-
-
-def _inspected(record: Record) -> str:
-    rows = record.inspections
-    if not rows:
-        return "nothing."
-    bad = [i for i in rows if inspection_faults(i)]
-    text = (
-        f"{len(rows)} launches compiled for {_list(_archs(record))} with triton {rows[0].triton}, machine code read; "
-        f"{len(rows) - len(bad)} without spills, serialised products or other faults"
-    )
-    if bad:
-        named = (f"{i.layer} {i.arch} ({_list(inspection_faults(i))})" for i in bad[:3])
-        text += f", {len(bad)} not: " + _list(named) + (", ..." if len(bad) > 3 else "")
-    hopper = sorted((i for i in rows if i.arch == "sm_90" and i.mma and "GMMA" in i.mma), key=_others)
-    if hopper:
-        low, high = hopper[0], hopper[-1]
-        text += (
-            f". Other instructions per HGMMA on sm_90: {_others(low):.1f} ({low.layer}) to "
-            f"{_others(high):.1f} ({high.layer})"
-        )
-    return text + "."
-
-
-def _others(item: Inspection) -> float:
-    return ((item.loop_instructions or 0) - item.loop_mma) / item.loop_mma if item.loop_mma else 0.0
-
-
-def inspection_faults(item: Inspection) -> list[str]:
-    """What is wrong with a compiled launch, in words; empty for a clean one."""
-    if item.failure is not None:
-        return ["did not compile"]
-    hopper = item.mma is not None and "GMMA" in item.mma
-    faults = {
-        "spills": item.stack_bytes > 0 or item.spills > 0,
-        "too much shared memory": not item.fits,
-        "serialised": item.serialised,
-        "operand A in registers": item.register_operand and hopper,
-    }
-    return [name for name, there in faults.items() if there]
 
 
 def _measured(record: Record) -> str:
@@ -240,31 +196,6 @@ def _ratio(check: Check) -> float:
     return check.error / check.allowed if check.allowed else math.inf
 
 
-def inspection_cells(rows: Sequence[Inspection]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """The inspection table: its header, and a line of text for every row."""
-    header = ("layer", "dtype", "arch", "kernel", "tile", "CTAs", "registers", "stack B", "shared B", "tensor cores",
-              "loop", "multiplies", "other per multiply", "loads and stores", "verdict")  # fmt: skip
-    cells = tuple(
-        (i.layer, i.dtype, i.arch, i.kernel, i.tile, str(i.ctas), str(i.registers), str(i.stack_bytes),
-         str(i.shared_bytes), i.mma or "-", str(i.loop_instructions or "-"), str(i.loop_mma or "-"),
-         f"{_others(i):.1f}" if i.loop_mma else "-", ", ".join(f"{n} {k}" for k, n in i.loop_loads.items()) or "-",
-         i.failure or _list(inspection_faults(i)) or "clean")
-        for i in rows
-    )  # fmt: skip
-    return header, cells
-
-
-def _inspect_section(rows: Sequence[Inspection]) -> list[Block]:
-    header, cells = inspection_cells(rows)
-    batches = sorted({i.batch for i in rows})
-    text = (
-        f"Compiled for GPUs that need not be there, with a launch's arguments at batch {_list(map(str, batches))}. "
-        "The loop is the innermost one that multiplies. Loads and stores are counted by width in bits: in the loop, or "
-        "in the whole kernel where nothing multiplies."
-    )
-    return [Paragraph(text), Table(header, cells)]
-
-
 def _conditions(record: Record) -> list[Block]:
     v, m = record.versions, record.machine
     commit = (record.commit.hash or "unknown") + (" with uncommitted changes" if record.commit.dirty else "")
@@ -294,8 +225,3 @@ def _tiny(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def _list(words: Iterable[str]) -> str:
-    *rest, last = [*words] or [""]
-    return f"{', '.join(rest)} and {last}" if rest else last

@@ -56,16 +56,13 @@ def _clip(start: int, size: int, extent: int) -> int:
 
 def _touched(outputs: int, taps: int, stride: int, pad: int, dilation: int, extent: int) -> int:
     """Along one axis: input positions that some window reaches."""
-    return len({
-        i for o, t in itertools.product(range(outputs), range(taps)) if 0 <= (i := o * stride - pad + t * dilation) < extent
-    })  # fmt: skip
+    found = {o * stride - pad + t * dilation for o, t in itertools.product(range(outputs), range(taps))}
+    return sum(0 <= i < extent for i in found)
 
 
 def _pairs(outputs: int, taps: int, stride: int, pad: int, dilation: int, extent: int) -> int:
     """Along one axis: pairs of an output and a tap inside the image."""
-    return sum(
-        0 <= o * stride - pad + t * dilation < extent for o, t in itertools.product(range(outputs), range(taps))
-    )
+    return sum(0 <= o * stride - pad + t * dilation < extent for o, t in itertools.product(range(outputs), range(taps)))
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ def _outputs(a: Arguments, filter_tiles: int) -> tuple[int, int, int]:
 
 
 def _shared_tiles(a: Arguments, starts: list[range], filter_tiles: int, rows: int) -> Iterator[tuple[int, int, int]]:
-    """(first filter, filters, pixels) of every tile whose depth is shared: those from FULL on, filters fastest, images slowest."""
+    """(first filter, filters, pixels) of every tile whose depth is shared: those from FULL on, filters fastest."""
     order = itertools.product(*starts, range(a["GROUPS"]), range(filter_tiles))
     for n, p, q, g, k in itertools.islice(order, a["FULL"], None):
         pixels = _clip(n, a["BOX_N"], a["N"]) * _clip(p, a["BOX_H"], a["P"]) * _clip(q, a["BOX_W"], a["Q"])
@@ -268,9 +265,7 @@ def _wgrad_load(
         if not rows or not cols:
             continue
         if a["PIXEL"]:  # a row of an image: only its end clips
-            pitch_h, pitch_w = (
-                (a["pitch_yp"], a["pitch_yq"]) if tap is None else (a["pitch_xh"], a["pitch_xw"])
-            )
+            pitch_h, pitch_w = (a["pitch_yp"], a["pitch_yq"]) if tap is None else (a["pitch_xh"], a["pitch_xw"])
             at = h * pitch_h + w * pitch_w
             total += sum(_clip(at + first, block, image.shape[1]) for first, block, _ in columns)
         else:
@@ -349,6 +344,13 @@ def _bias_backward(a: Arguments) -> Traffic:
     return Traffic(read, written, read + written)
 
 
+def _norm(a: Arguments) -> Traffic:
+    operands = [a["x"]] + ([a["dy"]] if a["BACKWARD"] else [])
+    read = sum(operand.numel() * _itemsize(operand) for operand in operands)
+    written = a["out"].numel() * _itemsize(a["out"])
+    return Traffic(read, written, read + written)
+
+
 def _each_once(*operands: str, out: str, times: str = "") -> Callable[[Arguments], Traffic]:
     """SIZE elements of each operand (`times` many of the first), and SIZE elements out."""
 
@@ -370,6 +372,7 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "max_backward": _max_backward,
     "adaptive_avg_forward": _adaptive_forward,
     "adaptive_avg_backward": _adaptive_backward,
+    "across_columns": _norm,
     "space_to_depth": _space_to_depth,
     "depth_to_space": _each_once("y", out="dw"),
     "bias_backward": _bias_backward,

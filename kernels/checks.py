@@ -73,7 +73,7 @@ def number(name: str, value: Any) -> float:
     """A finite number; bools are not numbers."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile traces this, but not math.isfinite
         raise ValueError(f"{name} is {value}: allowed are finite numbers")
     return float(value)
 

@@ -127,6 +127,11 @@ class Conv2dProblem:
         """Each operand moved once."""
         return itemsize * (math.prod(self.x_shape) + math.prod(self.w_shape) + math.prod(self.y_shape))
 
+    @property
+    def im2col_shape(self) -> Pair:
+        """The matrix of one image's patches: C * R * S rows, a column for each of the P * Q output pixels."""
+        return self.C * self.taps, self.P * self.Q
+
     @cached_property
     def dgrad(self) -> tuple[DgradPart, ...]:
         """The input gradient as independent stride-1 convolutions of dy: one for each residue of the input pixel."""
@@ -168,6 +173,14 @@ class Residue:
     step: int
     dilation: int
     padding: Pair
+
+
+def im2col_bytes(problem: Conv2dProblem, itemsize: int) -> int:
+    """The memory that an explicit im2col takes beside the operands: the patches of all images.
+
+    227x227x3 under 11x11 filters at stride 4 gives a 363 x 3025 matrix, seven times the image.
+    """
+    return itemsize * problem.N * math.prod(problem.im2col_shape)
 
 
 @dataclass(frozen=True)

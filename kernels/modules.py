@@ -6,15 +6,39 @@ as they did; only forward differs.  Shapes, dtypes and errors are those of `tile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from tileconv.kernels import checks, layout
-from tileconv.kernels.functional import adaptive_avg_pool2d, conv2d, dropout, linear, max_pool2d, relu
+from tileconv.kernels.functional import (
+    adaptive_avg_pool2d,
+    adaptive_max_pool2d,
+    avg_pool2d,
+    conv2d,
+    dropout,
+    linear,
+    local_response_norm,
+    lp_pool2d,
+    max_pool2d,
+    max_unpool2d,
+    relu,
+)
 
-for _name in ("adaptive_avg_pool2d", "conv2d", "dropout", "linear", "max_pool2d", "relu"):
+for _name in (
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "avg_pool2d",
+    "conv2d",
+    "dropout",
+    "linear",
+    "local_response_norm",
+    "lp_pool2d",
+    "max_pool2d",
+    "max_unpool2d",
+    "relu",
+):
     torch.fx.wrap(_name)  # symbolic tracing records the call: the argument checks inside cannot read a proxy
 
 
@@ -167,18 +191,78 @@ class Dropout(torch.nn.Dropout):
         return dropout(input, self.p, self.training, self.inplace)
 
 
+class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
+    """torch.nn.AdaptiveMaxPool2d: maxima over output_size windows, and with return_indices their places."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return adaptive_max_pool2d(input, self.output_size, self.return_indices)
+
+
+class AvgPool2d(torch.nn.AvgPool2d):
+    """torch.nn.AvgPool2d: [N, C, H, W] or [C, H, W] -> means."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return avg_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad,
+            self.divisor_override,
+        )  # fmt: skip
+
+
+class LPPool2d(torch.nn.LPPool2d):
+    """torch.nn.LPPool2d: [N, C, H, W] or [C, H, W] -> norms; norm_type 2 is L2-norm pooling."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return lp_pool2d(input, self.norm_type, self.kernel_size, self.stride, self.ceil_mode)
+
+
+class MaxUnpool2d(torch.nn.MaxUnpool2d):
+    """torch.nn.MaxUnpool2d: what a max-pool with return_indices undoes."""
+
+    def forward(
+        self, input: torch.Tensor, indices: torch.Tensor, output_size: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        return max_unpool2d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+
+
+class LocalResponseNorm(torch.nn.LocalResponseNorm):
+    """torch.nn.LocalResponseNorm; LocalResponseNorm(5, 1e-4, 0.75, 2.0) is what AlexNet's code computed.
+
+    divide_alpha=False is the formula of AlexNet's paper, where alpha is not divided by size.
+    """
+
+    divide_alpha: bool = True  # on the class too: convert() makes instances without calling __init__
+
+    def __init__(
+        self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *, divide_alpha: bool = True
+    ) -> None:
+        super().__init__(size, alpha, beta, k)
+        self.divide_alpha = divide_alpha
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return local_response_norm(input, self.size, self.alpha, self.beta, self.k, divide_alpha=self.divide_alpha)
+
+    def extra_repr(self) -> str:
+        text = str(super().extra_repr())  # type: ignore[no-untyped-call]
+        return text if self.divide_alpha else f"{text}, divide_alpha=False"
+
+
 def _with_precision(text: str, precision: str | None) -> str:
     return text if precision is None else f"{text}, precision={precision!r}"
 
 
 __all__ = [
     "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AvgPool2d",
     "Conv2d",
     "ConvReLU2d",
     "Dropout",
     "FusedReLU",
+    "LPPool2d",
     "Linear",
     "LinearReLU",
+    "LocalResponseNorm",
     "MaxPool2d",
+    "MaxUnpool2d",
     "ReLU",
 ]

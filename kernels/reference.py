@@ -190,6 +190,106 @@ def adaptive_avg_pool2d_backward(dy: Tensor, x_shape: tuple[int, ...] | torch.Si
     return dx
 
 
+def adaptive_max_pool2d(x: Tensor, output_size: Pair) -> tuple[Tensor, Tensor]:
+    """The largest element of each of adaptive_avg_pool2d's windows and its index h*W + w, by max_pool2d's rules."""
+    x, (P, Q) = _float64(x), _pair(output_size)
+    y, indices = x.new_empty(*x.shape[:2], P, Q), torch.empty(*x.shape[:2], P, Q, dtype=torch.int64)
+    places = torch.arange(x.shape[2] * x.shape[3]).reshape(x.shape[2:])
+    for p, rows in enumerate(_bins(x.shape[2], P)):
+        for q, columns in enumerate(_bins(x.shape[3], Q)):
+            window = x[:, :, rows, columns].flatten(2)
+            nan = window.isnan()
+            last_nan = window.shape[2] - 1 - nan.flip(2).to(torch.uint8).argmax(2)
+            # The first of the largest: argmax promises it for this, the truth of being it.
+            first = (window == window.masked_fill(nan, -math.inf).amax(2, keepdim=True)).to(torch.uint8).argmax(2)
+            won = torch.where(nan.any(2), last_nan, first)
+            y[:, :, p, q] = window.gather(2, won[..., None])[..., 0]
+            indices[:, :, p, q] = places[rows, columns].flatten()[won]
+    return y, indices
+
+
+def avg_pool2d(
+    x: Tensor,
+    kernel: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """The sum of each window over the number of its elements, or over divisor_override.
+
+    A window ends at the padding's outer edge.  count_include_pad: the padding's zeros count as elements.
+    x: [N, C, H, W]; returns [N, C, P, Q].
+    """
+    x, kernel, (top, left) = _float64(x), _pair(kernel), _pair(padding)
+    stride = kernel if stride is None else _pair(stride)
+    H, W = x.shape[-2:]
+    P = _pooled(H, kernel[0], stride[0], top, 1, ceil_mode)
+    Q = _pooled(W, kernel[1], stride[1], left, 1, ceil_mode)
+    padded = _pad(x, ((top, top), (left, left)), 0.0)
+    counted = _pad(torch.ones(1, 1, H, W), ((top, top), (left, left)), float(count_include_pad))
+    y = x.new_empty(*x.shape[:2], P, Q)
+    for p in range(P):
+        for q in range(Q):
+            window = (..., slice(p * stride[0], p * stride[0] + kernel[0]),
+                      slice(q * stride[1], q * stride[1] + kernel[1]))  # fmt: skip
+            y[:, :, p, q] = padded[window].sum((2, 3)) / (divisor_override or counted[window].sum())
+    return y
+
+
+def lp_pool2d(x: Tensor, norm: float, kernel: Pair, stride: Pair | None = None, ceil_mode: bool = False) -> Tensor:
+    """(elements of the kernel * mean of x^norm over the window)^(1/norm).  x: [N, C, H, W]; returns [N, C, P, Q]."""
+    rows, columns = _pair(kernel)
+    means = avg_pool2d(_float64(x) ** norm, kernel, stride, 0, ceil_mode)
+    return (rows * columns * means) ** (1 / norm)
+
+
+def max_unpool2d(x: Tensor, indices: Tensor, output_size: tuple[int, int]) -> Tensor:
+    """Zeros [N, C, *output_size] with x[n, c, p, q] at indices[n, c, p, q], one after the other: the last one stays."""
+    x, indices, (H, W) = _float64(x), indices.cpu(), output_size
+    y = x.new_zeros(*x.shape[:2], H * W)
+    for p in range(x.shape[2]):
+        for q in range(x.shape[3]):
+            y.scatter_(2, indices[:, :, p, q, None], x[:, :, p, q, None])
+    return y.unflatten(2, (H, W))
+
+
+def local_response_norm(
+    x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, divide_alpha: bool = True
+) -> Tensor:
+    """y[n, c] = x[n, c] / (k + a * sum of x[n, j]^2 over j = c - size // 2 .. c + (size - 1) // 2)^beta.
+
+    a is alpha / size, or alpha without divide_alpha.  x: [N, C, ...].
+    """
+    x, scale = _float64(x), alpha / size if divide_alpha else alpha
+    y = torch.empty_like(x)
+    for c in range(x.shape[1]):
+        window = x[:, max(0, c - size // 2) : c + (size - 1) // 2 + 1]
+        y[:, c] = x[:, c] / (k + scale * window.square().sum(1)) ** beta
+    return y
+
+
+def local_response_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    divide_alpha: bool = True,
+) -> Tensor:
+    """dx: dy[n, i] times the derivative of y[n, i] by x[n, c], added up over the windows i that hold c."""
+    x, dy, scale = _float64(x), _float64(dy), alpha / size if divide_alpha else alpha
+    dx = torch.zeros_like(x)
+    for i in range(x.shape[1]):
+        window = slice(max(0, i - size // 2), i + (size - 1) // 2 + 1)
+        s = k + scale * x[:, window].square().sum(1)
+        dx[:, i] += dy[:, i] * s**-beta
+        dx[:, window] -= (2 * scale * beta * dy[:, i] * x[:, i] * s ** (-beta - 1))[:, None] * x[:, window]
+    return dx
+
+
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None = None) -> Tensor:
     """y[..., k] = b[k] + sum over c of x[..., c] * w[k, c].  x: [..., C].  w: [K, C].  Returns [..., K]."""
     flat = x.reshape(-1, x.shape[-1], 1, 1)

@@ -1,16 +1,30 @@
 """The inspector: machine code with a known answer, kernels compiled for GPUs that are not here, and the workers."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tileconv.bench import cases, inspect
-from tileconv.bench.machine_code import Instruction, main_loop, memory_kind, parse_sass, read_function
+from tileconv.bench import cache, cases, inspect, networks, peers, targets
+from tileconv.bench.machine_code import (
+    Instruction,
+    main_loop,
+    memory_kind,
+    parse_sass,
+    product_size,
+    read_amdgcn,
+    read_function,
+)
+from tileconv.bench.predictions import predictions
+from tileconv.bench.records import Inspection, from_data
 from tileconv.bench.workers import describe_error, run_tasks
+from tileconv.kernels import hardware
+from tileconv.kernels.launch.common import Launch
 
 # A persistent kernel: an outer loop over tiles, in it the main loop and an epilogue loop. The main loop waits for its
 # operands at .L_x_5, behind the end of the kernel. Six instructions of .L_x_2 multiply, load, or count.
@@ -220,7 +234,7 @@ def probe(tmp_path_factory):
     """Rows of a small kernel, compiled in a process that does not interpret."""
     file = tmp_path_factory.mktemp("probe") / "probe.py"
     file.write_text(PROBE)
-    environment = os.environ | inspect.COMPILING
+    environment = os.environ | inspect.COMPILING | {cache.VARIABLE: ""}
     done = subprocess.run([sys.executable, file], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -270,20 +284,24 @@ def test_signature_is_specialised_as_in_a_launch(probe):
 def test_every_alexnet_kernel_compiles_without_spills():
     seen = []
     rows = inspect.inspect_all(
-        cases.cases("alexnet", 128), ["sm_90", "sm_80"], progress=lambda done, total, label: seen.append((done, total))
+        cases.cases("alexnet", 128, passes=cases.FORWARD),
+        ["sm_90", "sm_80"],
+        progress=lambda done, total, label: seen.append((done, total)),
     )
     assert seen[-1] == (24, 24)
-    assert [row["failure"] for row in rows if row["failure"]] == []
-    assert [(r["layer"], r["arch"]) for r in rows if r["stack_bytes"] or r["spills"] or not r["fits"]] == []
-    hopper = {row["layer"]: row for row in rows if row["arch"] == "sm_90"}
-    for layer in ("conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"):
-        assert hopper[layer]["mma"].startswith("HGMMA"), layer
-        assert hopper[layer]["loop_loads"] == {"UTMALDG": 2}, layer
-        assert not hopper[layer]["serialised"] and not hopper[layer]["register_operand"], layer
-    for layer in ("conv3", "conv4", "conv5"):
-        assert hopper[layer]["loop_instructions"] / hopper[layer]["loop_mma"] <= 15, layer
-    pools = [row for row in rows if row["layer"].startswith("pool")]
-    assert all(set(row["loop_loads"]) == {"LDG.128", "STG.128"} for row in pools), "16-byte loads and stores only"
+    items = [from_data(Inspection, row) for row in rows]
+    broken = {"compiles", "fits shared memory", "multiplies with HGMMA", "asynchronous HGMMA", "operands by TMA"}
+    short = targets.shortfalls([i for i in items if i.role == "main"])
+    assert [(line.target, line.subject, line.arch) for line in short if line.target in broken] == []
+    assert [(i.layer, i.arch) for i in items if i.role == "main" and (i.stack_bytes or i.spills)] == []
+    for item in items:
+        if item.arch == "sm_90" and item.layer in targets.WIDE_LAYERS and item.role == "main":
+            assert item.other_per_mma <= 14, item.layer
+    pools = [i for i in items if i.layer.startswith("pool")]
+    assert all({k for k in i.loop_loads if k[:3] in ("LDG", "STG")} == {"LDG.128", "STG.128"} for i in pools)
+    assert all(i.modelled_us > 0 and i.floor_us > 0 and i.bytes_read > 0 for i in items)
+    for case in targets.case_sums(items):
+        assert case.modelled_us >= case.floor_us, case.first.case
 
 
 @pytest.mark.slow
@@ -291,6 +309,149 @@ def test_gfx_resources():
     [row] = inspect.inspect_all(cases.cases("alexnet", 128, passes=["forward"])[:1], ["gfx942"])
     assert row["failure"] is None
     assert (row["gpu"], row["registers"] > 0, row["stack_bytes"]) == ("MI300X", True, 0)
+    assert (row["modelled_us"], row["ctas_per_sm"]) == (None, None), "no model for that GPU"
+
+
+def test_gfx_registers_count_the_accumulators_once():
+    metadata = ".vgpr_count: 96\n.agpr_count: 32\n.private_segment_fixed_size: 8\n.vgpr_spill_count: 3\n"
+    code = read_amdgcn(
+        metadata + "\tv_mfma_f32_32x32x8_f16 a[0:15], v[0:1], v[2:3], a[0:15]\n\tds_read_b128 v[0:3], v4\n"
+    )
+    assert (code.registers, code.stack_bytes, code.spills) == (96, 8, 3)
+    assert code.mma == {"v_mfma_f32_32x32x8_f16": 1}
+
+
+@pytest.mark.parametrize(
+    ("opcode", "size"),
+    [
+        ("HGMMA.64x128x16.F32", 1), ("HGMMA.64x256x16.F32.BF16", 2), ("HGMMA.64x64x8.F32.TF32", 0.5),
+        ("HMMA.16816.F32", 1), ("HMMA.1688.F32.TF32", 1), ("HMMA.1688.F32", 0.5), ("UTCHMMA", 1), ("FFMA", 1),
+    ],
+)  # fmt: skip
+def test_products_are_counted_by_their_size(opcode, size):
+    assert product_size(opcode) == size
+
+
+@pytest.mark.parametrize(
+    ("gpu", "registers", "shared", "warps", "ctas"),
+    [
+        ("H100", 168, 0, 4, 3),  # 65,536 registers, 21 granules of 256 a warp
+        ("H100", 169, 0, 4, 2),  # one register more is a granule more
+        ("H100", 32, 0, 4, 16),  # 64 warps
+        ("RTX 4090", 32, 0, 4, 12),  # 48 warps
+        ("H100", 32, 115_712, 4, 2),  # 233,472 bytes, each block takes 1,024 more
+        ("H100", 32, 115_713, 4, 1),
+        ("A100", 128, 82_944, 8, 2),
+        ("A100", 255, 0, 8, 1),
+    ],
+)
+def test_occupancy(gpu, registers, shared, warps, ctas):
+    launch = Launch(None, (1,), {}, num_warps=warps)
+    assert inspect.occupancy(registers, shared, launch, hardware.GPUS[gpu]) == ctas
+
+
+def test_every_pass_has_its_cases():
+    found = cases.cases("alexnet", 128)
+    assert {case.pass_ for case in found} == set(cases.PASSES)
+    assert "conv1" not in {case.layer for case in found if case.pass_ == "dgrad"}, "an image needs no gradient"
+    assert [c.layer for c in cases.cases("alexnet", 128, passes=["wgrad"], layers=["conv2", "fc7"])] == ["conv2", "fc7"]
+    with pytest.raises(ValueError, match="layer='conv9' is unknown; nearest: conv"):
+        cases.cases("alexnet", 128, layers=["conv9"])
+
+
+def test_alexnet_2012_has_the_published_shapes():
+    shapes = {shape.name: shape for shape in networks.network_layers("alexnet-2012", 128)}
+    assert shapes["norm1"].input == (128, 96, 55, 55)
+    assert shapes["conv2"].input == (128, 96, 27, 27) and shapes["conv2"].module.groups == 2
+    assert shapes["pool5"].input == (128, 256, 13, 13) and shapes["fc6"].input == (128, 9216)
+    flops = sum(cases.flops_of(c) or 0 for c in cases.cases("alexnet-2012", 128, passes=["fprop"]))
+    ours = sum(cases.flops_of(c) or 0 for c in cases.cases("alexnet", 128, passes=["fprop"]))
+    assert flops == pytest.approx(ours, rel=0.03)
+
+
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad", "backward"])
+def test_predictions_of_a_case_add_up(pass_):
+    gpu = hardware.GPUS["H100"]
+    for layer in ("conv1", "conv2", "conv4", "fc7"):
+        if pass_ == "dgrad" and layer == "conv1":
+            continue
+        case = cases.Case("alexnet", layer, pass_, 128, "fp16")
+        planned = cases.launches(case, gpu)
+        rows = predictions(case, planned, gpu)
+        assert all(row["modelled_us"] is not None and row["bytes_read"] is not None for row in rows), case
+        assert len({row["floor_us"] for row in rows}) == 1
+        assert sum(row["modelled_us"] for row in rows) >= rows[0]["floor_us"]
+        needed = sum(row["flops_needed"] or 0 for row in rows)
+        assert needed == (cases.flops_of(case) or 0)
+
+
+def test_a_kernel_that_nobody_knows_has_no_prediction():
+    case = cases.Case("alexnet", "pool1", "forward", 128, "fp16")
+    gpu = hardware.GPUS["H100"]
+    [row] = predictions(case, [Launch(test_occupancy, (8,), {})], gpu)
+    assert (row["modelled_us"], row["floor_us"], row["bytes_read"], row["bytes_least"]) == (None, None, None, None)
+
+
+def test_cache_keeps_what_its_key_names(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    name = cache.key(kernel="a", arch="sm_90")
+    assert name == cache.key(arch="sm_90", kernel="a")
+    assert name != cache.key(kernel="a", arch="sm_80")
+    assert cache.load(name) is None
+    cache.save(name, {"registers": 3})
+    assert cache.load(name) == {"registers": 3}
+    next(tmp_path.rglob("*.json")).write_text("{half")
+    assert cache.load(name) is None, "a broken file is as good as none"
+    monkeypatch.setenv(cache.VARIABLE, "")
+    assert cache.folder() is None
+    cache.save(name, {"registers": 3})
+    monkeypatch.delenv(cache.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.folder() == tmp_path / "xdg" / "tileconv" / "inspect"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
+    cache.save(name, {"registers": 3})  # a folder that cannot be made is no error
+
+
+@pytest.mark.slow
+def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    todo = cases.cases("alexnet", 128, passes=["forward"], layers=["pool5"])
+    first = inspect.inspect_all(todo, ["sm_90"])
+    kept = list(tmp_path.rglob("*.json"))
+    assert len(kept) == 1
+    kept[0].write_text(kept[0].read_text().replace(f'"registers": {first[0]["registers"]}', '"registers": 7'))
+    assert inspect.inspect_all(todo, ["sm_90"])[0]["registers"] == 7
+    assert inspect.inspect_all(todo, ["sm_90"], cached=False) == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pass_", "grid"), [("fprop", (169, 3, 1)), ("dgrad", (169, 2, 1)), ("wgrad", (14, 3, 1))])
+def test_peers_are_rendered_from_the_installed_torch(pass_, grid):
+    config = SimpleNamespace(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
+    source, found = peers.render(cases.Case("alexnet", "conv3", pass_, 128, "fp16"), config)
+    assert found == grid
+    [kernel] = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    assert [a.arg for a in kernel.args.args][-1] == "OUT"
+    assert "tl.dot(" in source and "tl.store(OUT + " in source and "{{" not in source
+
+
+def test_a_peers_time_is_a_lower_bound():
+    case = cases.Case("alexnet", "conv3", "fprop", 128, "fp16")
+    config = SimpleNamespace(block_m=128, block_n=128, block_k=64)
+    facts = {"ctas": 507, "ctas_per_sm": 1, "num_warps": 4, "mma": "HGMMA.64x128x16.F32", "loop_mma": 8,
+             "loop_instructions": 108, "other_per_mma": 12.5, "serialised": False}  # fmt: skip
+    gpu = hardware.GPUS["H100"]
+    free = peers.at_best(case, config, facts, gpu)
+    assert free["flops_done"] == 507 * 27 * 2 * 128 * 128 * 64
+    assert free["modelled_us"] > free["floor_us"]
+    long = {"loop_instructions": 408, "other_per_mma": 50.0}
+    overlapped, waiting = (peers.at_best(case, config, facts | long | {"serialised": s}, gpu) for s in (False, True))
+    assert waiting["bound_by"] == "tensor, then issue" and waiting["modelled_us"] > overlapped["modelled_us"]
+    # 108 instructions for eight products of 64x128x16, one scheduler each
+    issue = 1e6 * free["flops_done"] / (2 * 64 * 128 * 16) * 108 / 8 / gpu.sms / gpu.clock
+    slow = peers.at_best(case, config, facts | {"loop_instructions": 808, "other_per_mma": 100.0}, gpu)
+    assert slow["bound_by"] == "issue" and slow["modelled_us"] == pytest.approx(issue * 808 / 108)
 
 
 def test_unknown_names_are_refused_with_the_nearest():
@@ -305,11 +466,9 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 
 def test_a_process_that_interprets_says_where_to_compile():
-    from tileconv.kernels import hardware
-
     if not hardware.interpreting():
         pytest.skip("this process compiles")
-    [launch] = cases.launches(cases.cases("alexnet", 2)[0], hardware.GPUS["H100"])
+    launch = cases.launches(cases.cases("alexnet", 2)[0], hardware.GPUS["H100"])[0]
     with pytest.raises(RuntimeError, match="inspect_all"):
         inspect.compile_launch(launch, "sm_90")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tileconv.bench import check, environment, job, providers, records, report
+from tileconv.bench import check, environment, job, providers, records, report, targets
 from tileconv.bench.cases import Case
 from tileconv.bench.cli import app
 from tileconv.bench.records import Check, Commit, Device, Inspection, Machine, Record, RecordError, Timing, Versions
@@ -29,10 +29,15 @@ def a_check(layer="conv2", dtype="fp16", error=1e-3, allowed=4e-3, **changes):
 
 def an_inspection(layer="conv2", arch="sm_90", **changes):
     row = Inspection(
-        network="alexnet", layer=layer, pass_="fprop", dtype="fp16", arch=arch, gpu="H100", batch=128,
-        kernel="fprop_box", tile="pixel 128*128*64 w4 s4", registers=154, stack_bytes=0, spills=0, shared_bytes=131104,
-        fits=True, ctas=2187, scope="loop", instructions=900, mma="HGMMA.64x128x16.F32", loop_instructions=103,
-        loop_mma=8, loop_loads={"UTMALDG": 2}, serialised=False, register_operand=False, triton="3.7.1",
+        case=f"alexnet/{layer}/{changes.get('pass_', 'fprop')}/fp16/n128", network="alexnet", layer=layer,
+        pass_="fprop", dtype="fp16", arch=arch, gpu="H100", batch=128, step=0, steps=1, role="main", kernel="fprop_box",
+        tile="pixel 128*128*64 w4 s4", num_warps=4, num_stages=4, registers=154, stack_bytes=0, spills=0,
+        shared_bytes=131104, fits=True, ctas=2187, ctas_per_sm=1, scope="loop", instructions=900,
+        mma="HGMMA.64x128x16.F32", loop_instructions=103, loop_mma=8, other_per_mma=95 / 8,
+        loop_loads={"UTMALDG": 2}, serialised=False, register_operand=False, useful_rows=1.0, useful_columns=1.0,
+        wave_efficiency=0.97, bytes_read=800_000_000, bytes_written=10_000_000, bytes_least=48_000_000,
+        flops_done=60_000_000_000, flops_needed=57_300_000_000, modelled_us=90.0, floor_us=58.0, bound_by="L2",
+        peak_tflops=989.0, dram_gbs=3350.0, triton="3.7.1",
     )  # fmt: skip
     return dataclasses.replace(row, **changes)
 
@@ -56,8 +61,9 @@ def a_record(kind="interpreter", **changes):
                 a_check("conv2", "fp32")),
         inspections=(
             an_inspection(), an_inspection("conv1", serialised=True), an_inspection(arch="sm_80", mma="HMMA.16816.F32"),
-            an_inspection("pool1", mma=None, loop_instructions=None, loop_mma=0, scope="kernel",
-                          loop_loads={"LDG.128": 9}),
+            an_inspection("pool1", pass_="forward", mma=None, loop_instructions=None, loop_mma=0, scope="kernel",
+                          loop_loads={"LDG.128": 9}, other_per_mma=None, flops_needed=None, flops_done=None,
+                          useful_rows=None, useful_columns=None, peak_tflops=None),
         ),
     )  # fmt: skip
     return dataclasses.replace(record, **changes)
@@ -90,7 +96,8 @@ def broken(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=2), "schema: 2 is not the schema"),
+        (lambda d: d.update(schema=3), "schema: 3 is not the schema read here"),
+        (lambda d: d.update(schema=1), "schema: 1 .* written by an older version: run the same command again"),
         (lambda d: d.pop("schema"), "schema: null is not the schema"),
         (lambda d: d.pop("machine"), r"record\.machine: missing"),
         (lambda d: d.update(host="x"), r"record\.host: unknown field"),
@@ -163,7 +170,7 @@ def test_tasks_cover_every_layer_dtype_and_formulation():
     conv3 = {t["formulation"] for t in found if t["layer"] == "conv3" and t["dtype"] == "fp16"}
     assert conv3 == {"chosen", "box", "gather", "pixel"}
     conv1 = {t["formulation"] for t in found if t["layer"] == "conv1"}
-    assert conv1 == {"chosen", "gather"}, "three channels have no 16-byte pitch"
+    assert conv1 == {"chosen", "box", "gather"}, "three channels become 48 by space-to-depth; pixel takes minutes"
     with pytest.raises(ValueError, match="batch=0"):
         check.tasks(0, ["fp16"])
 
@@ -320,13 +327,14 @@ class Links(HTMLParser):
 def test_report_is_self_contained_and_says_what_it_is(tmp_path):
     paths = report.render_report(a_record(), tmp_path)
     assert {p.relative_to(tmp_path).as_posix() for p in paths} == {
-        "interpreter.html", "interpreter.md", "figures/interpreter-errors.png", "figures/interpreter-loops.png"
+        "interpreter.html", "interpreter.md", "figures/interpreter-errors.png", "figures/interpreter-loops.png",
+        "figures/interpreter-roofline.png",
     }  # fmt: skip
     html = (tmp_path / "interpreter.html").read_text()
     links = Links()
     links.feed(html)
     assert "script" not in links.tags and "link" not in links.tags
-    assert len(links.sources) == 4, "two pictures, light and dark"
+    assert len(links.sources) == 6, "three pictures, light and dark"
     assert all(source.startswith("data:image/svg+xml;base64,") for source in links.sources)
     assert "prefers-color-scheme: dark" in html
     first = (tmp_path / "interpreter.md").read_text().splitlines()[:7]
@@ -341,7 +349,7 @@ def test_rendering_is_deterministic(tmp_path):
     for name in ("a", "b"):
         report.render_report(a_record(), tmp_path / name)
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
-    assert len(files) == 4
+    assert len(files) == 5
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
@@ -350,7 +358,7 @@ def test_headline_has_three_lines_and_no_invented_speed():
     lines = report.headline(a_record())
     assert [line.split(":")[0] for line in lines] == ["Checked", "Inspected", "Measured"]
     assert "4 of 4" in lines[0]
-    assert "3 without" in lines[1] and "conv1 sm_90 (serialised)" in lines[1]
+    assert "3 without" in lines[1] and "conv1 fprop sm_90 (serialised)" in lines[1]
     assert "TFLOP" not in "".join(lines)
 
 
@@ -380,6 +388,87 @@ def test_empty_record_renders(tmp_path):
     assert "**Checked**: nothing." in (tmp_path / "interpreter.md").read_text()
 
 
+# Targets
+
+
+def test_clean_rows_meet_every_target():
+    rows = [an_inspection(layer, modelled_us=80.0) for layer in targets.WIDE_LAYERS]
+    assert targets.shortfalls(rows) == []
+    names = {line.target for line in targets.lines(rows)}
+    assert {"operands by TMA", "modelled time / floor", "modelled time / floor, together"} <= names
+
+
+@pytest.mark.parametrize(
+    ("changes", "target"),
+    [
+        ({"stack_bytes": 8}, "stack bytes (spills)"),
+        ({"serialised": True}, "asynchronous HGMMA"),
+        ({"mma": "HMMA.16816.F32"}, "multiplies with HGMMA"),
+        ({"loop_loads": {"LDGSTS.128": 4}}, "operands by TMA"),
+        ({"register_operand": True}, "operands by TMA"),
+        ({"other_per_mma": 14.1}, "other instructions per HGMMA.64x128"),
+        ({"useful_columns": 0.94}, "useful rows x useful columns"),
+        ({"fits": False}, "fits shared memory"),
+        ({"failure": "died"}, "compiles"),
+        (
+            {"arch": "sm_80", "mma": "HMMA.16816.F32", "loop_loads": {"LDG.16": 4}, "other_per_mma": 2.0},
+            "16-byte LDGSTS",
+        ),
+        ({"arch": "sm_100", "mma": "FFMA"}, "tensor cores in the loop"),
+    ],
+)
+def test_each_target_finds_its_fault(changes, target):
+    short = targets.shortfalls([an_inspection(**changes)])
+    assert target in [line.target for line in short]
+
+
+def test_a_case_is_judged_with_its_helpers():
+    main = an_inspection(modelled_us=90.0, steps=2)
+    helper = an_inspection(role="helper", step=1, steps=2, kernel="fprop_finish", mma=None, modelled_us=15.0,
+                           other_per_mma=None, loop_loads={})  # fmt: skip
+    short = targets.shortfalls([main, helper])
+    assert [(line.target, line.found) for line in short] == [("modelled time / floor", "1.81")]
+    assert [c.modelled_us for c in targets.case_sums([main, helper])] == [105.0]
+    assert targets.case_sums([main, dataclasses.replace(helper, modelled_us=None)])[0].ratio is None
+
+
+def test_wgrad_has_limits_of_its_own():
+    row = an_inspection(
+        pass_="wgrad", other_per_mma=20.0, register_operand=True, loop_loads={"UTMALDG": 1, "LDSM.128": 2}
+    )
+    assert targets.shortfalls([dataclasses.replace(row, modelled_us=110.0)]) == []
+
+
+def test_shortfalls_are_worst_first_and_in_the_report(tmp_path):
+    rows = (an_inspection(other_per_mma=21.0), an_inspection("conv3", serialised=True), an_inspection("conv4"))
+    found = targets.shortfalls(rows)
+    assert [line.target for line in found[:2]] == ["asynchronous HGMMA", "other instructions per HGMMA.64x128"]
+    report.render_report(a_record(inspections=rows), tmp_path)
+    text = (tmp_path / "interpreter.md").read_text()
+    assert text.index("waits for every product") < text.index("at most 14")
+    assert "nobody's measurement" in text
+
+
+def test_peers_stand_beside_ours_and_the_lost_ones_first(tmp_path):
+    rows = (an_inspection(), an_inspection("conv3"))
+    others = (an_inspection(kernel="Inductor conv2d", modelled_us=95.0),
+              an_inspection("conv3", kernel="Inductor conv2d", modelled_us=80.0, serialised=True))  # fmt: skip
+    record = a_record(inspections=rows, peers=others)
+    records.save(record, tmp_path / "x.json")
+    assert records.load(tmp_path / "x.json") == record
+    report.render_report(record, tmp_path)
+    text = (tmp_path / "interpreter.md").read_text()
+    assert text.index("NOT AHEAD") < text.index("ours ahead")
+
+
+def test_modelled_is_never_called_measured(tmp_path):
+    report.render_report(a_record(), tmp_path)
+    text = (tmp_path / "interpreter.md").read_text()
+    modelled = next(line for line in text.splitlines() if line.startswith("- **Modelled**"))
+    assert "fprop" in modelled and "H100 (sm_90)" in modelled
+    assert "no GPU speed was measured" in text
+
+
 # The command line and the main job
 
 
@@ -398,6 +487,8 @@ def test_unwritable_directory_is_said_before_anything_runs(tmp_path, monkeypatch
         (["inspect", "--arch", "sm_9"], "nearest: sm_90"),
         (["inspect", "--dtype", "float16"], "dtype='float16' is unknown"),
         (["inspect", "--pass", "fprp"], "nearest: fprop"),
+        (["inspect", "--layer", "conv22"], "nearest: conv2"),
+        (["inspect", "--layer", "conv1", "--pass", "dgrad"], "nothing to inspect"),
         (["inspect", "--batch", "0"], "batch=0 must be at least 1"),
         (["bench", "--batch", "1"], "batch=1 must be at least 2"),
         (["report", "no-such.json"], "no-such.json"),
@@ -423,6 +514,22 @@ def test_job_writes_a_record_and_its_report(tmp_path, monkeypatch):
     assert again.exit_code == 0, again.output
     name = f"{stored.stem}.html"
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_inspect_writes_a_record_that_report_renders(tmp_path, monkeypatch):
+    from tileconv.bench import inspect
+
+    monkeypatch.setattr(inspect, "inspect_all", lambda *a, **k: [records.to_data(an_inspection())])
+    file = tmp_path / "x.json"
+    result = CliRunner().invoke(app, ["inspect", "--layer", "conv2", "--pass", "fprop", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "Modelled: on H100 (sm_90)" in result.output
+    record = records.load(file)
+    assert record.device.kind == "none" and str(tmp_path) not in file.read_text()
+    assert record.command == "tileconv inspect --suite alexnet --batch 128 --arch sm_90 --pass fprop --layer conv2"
+    again = CliRunner().invoke(app, ["report", str(file), "--out", str(tmp_path / "out")])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "out" / "inspect-alexnet.md").read_text().startswith("# tileconv, inspected\n")
 
 
 def test_job_on_a_gpu_measures_as_well(tmp_path, monkeypatch):

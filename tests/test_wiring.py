@@ -33,6 +33,19 @@ def layouts(x: Tensor) -> list[Tensor]:
     return [x, x.contiguous(memory_format=CHANNELS_LAST), torch.cat([x, x], 1)[:, ::2]]
 
 
+def losses(x: Tensor) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The calls of cross-entropy: classes and probabilities, every reduction."""
+    classes, probabilities, weight = torch.randint(0, 6, (2, 9, 11)), torch.rand_like(x), torch.rand(6)
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    for target, reduction, own in ((classes, "mean", weight), (classes, "none", None), (probabilities, "sum", weight)):
+        settings = (-100, reduction, 0.1)
+        loss, saved, divisor = OPS.cross_entropy(x, target, own, *settings)
+        calls.append((OPS.cross_entropy, (x, target, own, *settings)))
+        arguments = (torch.ones_like(loss), x, target, own, saved, divisor, *settings)
+        calls.append((OPS.cross_entropy_backward, (*arguments, target is probabilities)))
+    return calls
+
+
 @pytest.mark.parametrize("layout", [0, 1, 2], ids=["contiguous", "channels_last", "sliced"])
 def test_opcheck(layout: int) -> None:
     x, w, b, _ = tensors()
@@ -42,6 +55,9 @@ def test_opcheck(layout: int) -> None:
     dy = layouts(torch.randn(y.shape))[layout]
     window = ((3, 2), (2, 2), (1, 0), (1, 1), True)
     pooled, switch = OPS.max_pool2d(x, *window, "relu", True, cl)
+    average = ((3, 2), (2, 2), (1, 0), True, False, None)
+    places, norms = OPS.adaptive_max_pool2d(x, (2, 3), True, cl)[1], OPS.lp_pool2d(x, 2.0, (3, 2), (2, 2), False, cl)
+    patches, local = ((3, 2), *GEOMETRY[:3]), torch.randn(*y.shape[2:], 4, 6, 3, 2)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (OPS.conv2d_fprop, (x, w, b, *GEOMETRY, "relu", "ieee", cl)),
         (OPS.conv2d_fprop, (x, w, None, *GEOMETRY, None, "ieee", cl)),
@@ -58,6 +74,27 @@ def test_opcheck(layout: int) -> None:
         (OPS.max_pool2d_backward, (torch.randn_like(pooled), switch, pooled, x.shape, *window, cl)),
         (OPS.adaptive_avg_pool2d, (x, (2, 3), cl)),
         (OPS.adaptive_avg_pool2d_backward, (torch.randn(2, 6, 2, 3), x.shape, cl)),
+        (OPS.adaptive_max_pool2d, (x, (2, 3), True, cl)),
+        (OPS.adaptive_max_pool2d, (x, (2, 3), False, cl)),
+        (OPS.adaptive_max_pool2d_indices, (places, x.shape)),
+        (OPS.adaptive_max_pool2d_backward, (torch.randn(2, 6, 2, 3), places, x.shape, cl)),
+        (OPS.avg_pool2d, (x, *average, cl)),
+        (OPS.avg_pool2d_backward, (torch.randn_like(pooled), x.shape, *average, cl)),
+        (OPS.lp_pool2d, (x, 2.0, (3, 2), (2, 2), False, cl)),
+        (OPS.lp_pool2d_backward, (torch.randn_like(norms), x, norms, 2.0, (3, 2), (2, 2), False, cl)),
+        (OPS.max_unpool2d, (pooled, OPS.max_pool2d_indices(switch, x.shape, *window), (9, 11), cl)),
+        (OPS.max_unpool2d_backward, (x, OPS.max_pool2d_indices(switch, x.shape, *window), cl)),
+        (OPS.softmax, (x, 1, False)),
+        (OPS.softmax_backward, (torch.randn_like(x), OPS.softmax(x, 3, True), 3, True)),
+        *losses(x),
+        (OPS.unfold, (x, *patches, cl)),
+        (OPS.fold, (OPS.unfold(x, *patches, cl), x.shape, *patches, cl)),
+        (OPS.conv_transpose2d, (y, w, x[0, :, 0, 0], x.shape, *GEOMETRY, "relu", "ieee", cl)),
+        (OPS.locally_connected2d, (x, local, b, *GEOMETRY[:3], "ieee", cl)),
+        (OPS.locally_connected2d_dgrad, (dy, local, x.shape, *GEOMETRY[:3], "ieee", cl)),
+        (OPS.locally_connected2d_wgrad, (dy, x, local.shape, *GEOMETRY[:3], "ieee")),
+        (OPS.local_response_norm, (x, 3, 0.1, 0.75, 2.0, cl)),
+        (OPS.local_response_norm_backward, (torch.randn_like(x), x, 3, 0.1, 0.75, 2.0, cl)),
     ]
     assert {op.default.name().split("::")[1] for op, _ in calls} == {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("tileconv::")

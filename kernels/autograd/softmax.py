@@ -94,8 +94,8 @@ class _CrossEntropyBackward(Function):
             slope = grad_grad * OPS.cross_entropy_backward(ones, input, *rest, *ctx.settings)
             to_grad = slope.sum(dim) if grad.dim() else slope.sum()
         if ctx.needs_input_grad[1]:
-            logsum, mass = (row.view([*input.shape[:dim], 1, *input.shape[dim + 1 :]]) for row in saved)
-            p = (input.to(saved.dtype) - logsum).exp()
+            peak, logsum, mass = (row.view([*input.shape[:dim], 1, *input.shape[dim + 1 :]]) for row in saved)
+            p = (input.to(saved.dtype) - peak - logsum).exp()
             scale = (grad.unsqueeze(dim) if grad.dim() else grad) * mass / divisor
             to_input = (scale * p * (grad_grad - (grad_grad * p).sum(dim, keepdim=True))).to(input.dtype)
         return then_nones(to_grad, to_input, count=8)

@@ -31,10 +31,13 @@ def _divisor(
 # value^N: by multiplication for small whole N, else by logarithms, with PyTorch's NaN for negative values.
 @triton.jit
 def _power(value, N: tl.constexpr):
-    if N >= 0 and N <= 16 and N % 1 == 0:
+    if N >= 0 and N < 64 and N % 1 == 0:
         power = tl.full(value.shape, 1.0, value.dtype)
-        for _ in tl.static_range(N):
-            power *= value
+        square = value
+        for bit in tl.static_range(6):
+            if (N >> bit) % 2 == 1:
+                power *= square
+            square *= square
         return power
     else:
         power = tl.exp2(N * tl.log2(tl.abs(value)))
@@ -169,8 +172,8 @@ def average_backward(
         grad = tl.load(grads + p.to(INDEX) * stride_gp + q.to(INDEX) * stride_gq, mask=valid, other=0.0).to(ACC)
         share = grad / _divisor(p, q, H, W, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, INCLUDE_PAD, DIVISOR, ACC)
         if NORM is not None:
-            at = p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
-            norm = tl.load(pooled + at, mask=valid, other=0.0).to(ACC)
+            there = p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
+            norm = tl.load(pooled + there, mask=valid, other=0.0).to(ACC)
             ratio = value / tl.where(norm == 0, tl.full(norm.shape, 1.0, ACC), norm)
             share = tl.where(norm == 0, tl.zeros_like(share), share * (R * S) * _power(ratio, NORM - 1))
         acc += tl.where(valid, share, tl.zeros_like(share))  # the divisor of a window that is none may be zero

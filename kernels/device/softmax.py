@@ -2,6 +2,8 @@
 
 Tensors are [OUTER, D, INNER]; a row is the D elements of one (outer, inner), m counts the rows.  Rows of up to COLS
 elements are read once (ONE), longer ones twice: the first walk keeps a running maximum and a sum scaled to it.
+D and the steps from one outer to the next come divided by ALIGN: a factor that the compiler sees widens loads, and of
+1000 elements it would only see that they are not a multiple of 16.
 """
 
 import triton
@@ -38,11 +40,15 @@ def softmax_forward(
     stride_yi,
     LOG: tl.constexpr,
     ONE: tl.constexpr,
+    ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    D *= ALIGN
+    stride_xo *= ALIGN
+    stride_yo *= ALIGN
     m = tl.cast(tl.program_id(0), INDEX) * ROWS + tl.arange(0, ROWS)
     o, i = (m // INNER).to(INDEX), (m % INNER).to(INDEX)
     rows_x = x + (o * stride_xo + i * stride_xi)[:, None]
@@ -97,11 +103,16 @@ def softmax_backward(
     stride_xi,
     LOG: tl.constexpr,
     ONE: tl.constexpr,
+    ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    D *= ALIGN
+    stride_go *= ALIGN
+    stride_xo *= ALIGN
+    stride_yo *= ALIGN
     m = tl.cast(tl.program_id(0), INDEX) * ROWS + tl.arange(0, ROWS)
     o, i = (m // INNER).to(INDEX), (m % INNER).to(INDEX)
     rows_g = dy + (o * stride_go + i * stride_gi)[:, None]
@@ -156,7 +167,8 @@ def _share(
     return tl.where(inside & kept[:, None], share, 0.0)
 
 
-# Per row: losses[0] the loss, losses[1] what it counts in a mean, saved[0] log(sum(exp(x))), saved[1] the sum of B.
+# Per row: losses[0] the loss, losses[1] what it counts in a mean; saved the largest x, log(sum(exp(x - largest))) and the
+# sum of B.  The first two added up would round away what the gradient is most sensitive to.
 # A label outside the classes makes the loss NaN; nothing is read through it.
 @triton.jit
 def cross_entropy_forward(
@@ -164,7 +176,7 @@ def cross_entropy_forward(
     target,  # int64 [OUTER, INNER] with INDEXED, else probabilities [OUTER, D, INNER]
     weight,  # [D], or None
     losses,  # [2, M]
-    saved,  # [2, M]
+    saved,  # [3, M]
     M,
     D,
     INNER,
@@ -179,11 +191,16 @@ def cross_entropy_forward(
     INDEXED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SMOOTH: tl.constexpr,
+    ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    D *= ALIGN
+    if not INDEXED:
+        stride_to *= ALIGN
+    stride_xo *= ALIGN
     m = tl.cast(tl.program_id(0), INDEX) * ROWS + tl.arange(0, ROWS)
     o, i = (m // INNER).to(INDEX), (m % INNER).to(INDEX)
     rows_x = x + (o * stride_xo + i * stride_xi)[:, None]
@@ -225,12 +242,13 @@ def cross_entropy_forward(
             count = tl.load(weight + label, mask=kept & known, other=0.0).to(ACC)
     tl.store(losses + m, loss, mask=m < M)
     tl.store(losses + M + m, count, mask=m < M)
-    tl.store(saved + m, _base(peak) + logsum, mask=m < M)
-    tl.store(saved + M + m, mass, mask=m < M)
+    tl.store(saved + m, _base(peak), mask=m < M)
+    tl.store(saved + M + m, logsum, mask=m < M)
+    tl.store(saved + 2 * M + m, mass, mask=m < M)
 
 
-# dx_d = g * (exp(x_d - logsum) * mass - B_d), g the row's gradient over the divisor; with TO_TARGET instead the
-# gradient of a probability, g * (1 - smoothing) * w_d * (logsum - x_d).
+# dx_d = g * (exp(x_d - peak - logsum) * mass - B_d), g the row's gradient over the divisor; with TO_TARGET instead the
+# gradient of a probability, g * (1 - smoothing) * w_d * (logsum + peak - x_d).
 @triton.jit
 def cross_entropy_backward(
     grad,  # one number, or [M] with PER_ROW
@@ -238,7 +256,7 @@ def cross_entropy_backward(
     x,
     target,
     weight,
-    saved,  # [2, M]
+    saved,  # [3, M]
     dx,
     M,
     D,
@@ -259,11 +277,17 @@ def cross_entropy_backward(
     INDEXED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SMOOTH: tl.constexpr,
+    ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    D *= ALIGN
+    if not INDEXED:
+        stride_to *= ALIGN
+    stride_xo *= ALIGN
+    stride_yo *= ALIGN
     blocks = tl.cdiv(D, COLS)
     m = tl.cast(tl.program_id(0) // blocks, INDEX) * ROWS + tl.arange(0, ROWS)
     at = (tl.cast(tl.program_id(0) % blocks, INDEX) * COLS + tl.arange(0, COLS).to(INDEX))[None, :]
@@ -281,7 +305,8 @@ def cross_entropy_backward(
     scale = (scale / tl.load(divisor))[:, None]
     inside = (m < M)[:, None] & (at < D)
     value = tl.load(x + (o * stride_xo + i * stride_xi)[:, None] + at * stride_xd, mask=inside, other=0.0).to(ACC)
-    logsum = tl.load(saved + m, mask=m < M, other=0.0)[:, None]
+    value -= tl.load(saved + m, mask=m < M, other=0.0)[:, None]
+    logsum = tl.load(saved + M + m, mask=m < M, other=0.0)[:, None]
     if TO_TARGET:
         result = logsum - value
         if SMOOTH:
@@ -293,7 +318,7 @@ def cross_entropy_backward(
             target, weight, label, kept, rows_t, at, inside, stride_td, D, smoothing,
             INDEXED, HAS_WEIGHT, SMOOTH, ACC, COLS,
         )  # fmt: skip
-        mass = tl.load(saved + M + m, mask=m < M, other=0.0)[:, None]
+        mass = tl.load(saved + 2 * M + m, mask=m < M, other=0.0)[:, None]
         result = tl.exp(value - logsum) * mass - share
     result = tl.where(inside & kept[:, None], result * scale, 0.0)
     tl.store(dx + (o * stride_yo + i * stride_yi)[:, None] + at * stride_yd, result.to(dx.dtype.element_ty),

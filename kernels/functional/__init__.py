@@ -5,6 +5,9 @@ strides.  They raise TypeError or ValueError that names the argument, its value 
 """
 
 from tileconv.kernels.functional.conv import conv2d, linear
+from tileconv.kernels.functional.im2col import conv2d_im2col, fold, unfold
+from tileconv.kernels.functional.local import locally_connected2d
+from tileconv.kernels.functional.loss import cross_entropy, log_softmax, softmax
 from tileconv.kernels.functional.norm import local_response_norm
 from tileconv.kernels.functional.pointwise import dropout, relu
 from tileconv.kernels.functional.pool import (
@@ -15,17 +18,27 @@ from tileconv.kernels.functional.pool import (
     max_pool2d,
     max_unpool2d,
 )
+from tileconv.kernels.functional.transpose import conv1d, conv_transpose2d
 
 __all__ = [
     "adaptive_avg_pool2d",
     "adaptive_max_pool2d",
     "avg_pool2d",
+    "conv1d",
     "conv2d",
+    "conv2d_im2col",
+    "conv_transpose2d",
+    "cross_entropy",
     "dropout",
+    "fold",
     "linear",
     "local_response_norm",
+    "locally_connected2d",
+    "log_softmax",
     "lp_pool2d",
     "max_pool2d",
     "max_unpool2d",
     "relu",
+    "softmax",
+    "unfold",
 ]

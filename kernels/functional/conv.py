@@ -9,6 +9,7 @@ import torch
 
 from tileconv.kernels import checks, geometry, layout
 from tileconv.kernels.autograd import conv as autograd
+from tileconv.kernels.functional import pointwise
 from tileconv.kernels.functional.common import IntOrPair, autocast, fp32_precision
 from tileconv.kernels.ops.conv import conv2d_problem
 
@@ -59,13 +60,18 @@ def linear(
     bias: torch.Tensor | None = None,
     *,
     activation: str | None = None,
+    dropout: float = 0.0,
+    training: bool = True,
     precision: str | None = None,
 ) -> torch.Tensor:
     """input [..., C] times weight [K, C] transposed, plus bias [K] -> [..., K]: a 1x1 convolution of 1x1 images.
 
     `activation` and `precision` as in conv2d; None follows torch.backends.cuda.matmul.fp32_precision.
+    dropout: while `training` zero outputs with this probability and divide the others by what is left, after the
+    activation; as functional.dropout, in a kernel of its own, which reads and writes the K outputs of a row once more.
     """
     checks.choice("activation", activation, checks.ACTIVATIONS)
+    dropout = checks.probability("dropout", dropout)
     checks.tensor("input", input)
     input, weight, bias = autocast(input, weight, bias)
     checks.tensor("weight", weight, input)
@@ -82,6 +88,8 @@ def linear(
         rows[:, :, None, None], weight[:, :, None, None], bias, (1, 1), (0, 0, 0, 0), (1, 1), 1, activation,
         fp32_precision(precision, input, "matmul"), False,
     )  # fmt: skip
+    if dropout > 0:
+        output = pointwise.dropout(output, dropout, training)
     return output.reshape(*input.shape[:-1], weight.shape[0])
 
 

@@ -46,9 +46,13 @@ def local_response_norm(
     alpha, beta, k = (checks.number(name, value) for name, value in (("alpha", alpha), ("beta", beta), ("k", k)))
     if (window := 1 + sum(channel_window(input.shape[1], size))) > MAX_WINDOW:
         raise ValueError(f"size is {size}: windows of {window} channels are too long, allowed are {MAX_WINDOW}")
-    # As an image: a fourth axis for three, one axis of pixels' rows for more than four.
+    # As an image: a fourth axis for three, one axis for all rows of more than four.  A slice tells the memory format,
+    # because flatten may give a batch of one any stride.
     image = input.unsqueeze(2) if input.dim() == 3 else input.flatten(2, -2)
-    channels_last = layout.is_channels_last(image)
+    part = image if input.dim() < 5 else input
+    while part.dim() > 4:
+        part = part.select(2, 0)
+    channels_last = layout.is_channels_last(part)
     output: torch.Tensor = autograd.local_response_norm(
         image, size, alpha / size if divide_alpha else alpha, beta, k, channels_last
     )

@@ -125,7 +125,7 @@ def lp_pool2d(
     [N, C, H, W] -> [N, C, P, Q] (or without N).  PyTorch's definition: no absolute values, so odd norms of negative
     sums are NaN and so are broken powers of negative elements; a window of ceil_mode that hangs over the edge is
     scaled up by kernel elements / elements inside.  Powers and sums are fp32 (fp64 for fp64), so squares of fp16 do
-    not overflow.  The gradient of a window whose norm is 0 is 0, where PyTorch's is NaN.
+    not overflow.  A window whose norm is 0 passes no gradient on.
 
     Raises ValueError for a norm_type that is not positive and finite.
     """

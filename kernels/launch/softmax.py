@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def plan_cross_entropy(
     x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, losses: torch.Tensor, saved: torch.Tensor,
     ignore_index: int, smoothing: float, *, gpu: GPU,
 ) -> Launch:  # fmt: skip
-    """The launch that writes losses [2, M] (loss, what it counts) and saved [2, M] (log of the sum, sum of shares).
+    """The launch that writes losses [2, M] (loss, what it counts) and saved [3, M] (maximum, log of the sum, shares).
 
     target: int64 [OUTER, INNER], or probabilities of the shape of x.
     """
@@ -83,9 +84,14 @@ def _rows(
         # Neighbours in memory belong to neighbouring rows: 64 of them fill two 32-byte sectors even of fp16.
         rows = min(max(rows, 64), tiles.power_of_two(outer * inner))
         cols = max(1, min(cols, tile.rows * tile.cols // rows))
+    steps = [name for name in arguments if name.startswith("stride_") and name.endswith("o")]
+    if arguments.get("INDEXED"):
+        steps.remove("stride_to")
+    align = math.gcd(16, length, *(arguments[name] for name in steps))
+    arguments |= {name: arguments[name] // align for name in steps}
     arguments |= {
-        "M": outer * inner, "D": length, "INNER": inner, "ONE": length <= cols, "ACC": accumulator(tensors[0].dtype),
-        "INDEX": index_type(*tensors), "ROWS": rows, "COLS": cols,
+        "M": outer * inner, "D": length // align, "INNER": inner, "ONE": length <= cols, "ALIGN": align,
+        "ACC": accumulator(tensors[0].dtype), "INDEX": index_type(*tensors), "ROWS": rows, "COLS": cols,
     }  # fmt: skip
     programs = triton.cdiv(outer * inner, rows) * (triton.cdiv(length, cols) if per_block else 1)
     return Launch(kernel, (programs,), arguments, tile.num_warps, 1, f"{rows}x{cols}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import hardware, layout
+from tileconv.kernels import checks, hardware, layout
 from tileconv.kernels.launch import norm as launch_norm
 from tileconv.kernels.ops.registry import define
 
@@ -26,6 +26,7 @@ def _local_response_norm(
 def _local_response_norm_backward(
     grad: torch.Tensor, input: torch.Tensor, size: int, alpha: float, beta: float, k: float, channels_last: bool
 ) -> torch.Tensor:
+    checks.belongs("grad", grad, input.shape, input, input.dtype)
     grad_input = layout.empty_image(input.shape, input, channels_last)
     if grad_input.numel():
         launch_norm.plan_local_response_norm(

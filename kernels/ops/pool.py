@@ -121,9 +121,12 @@ def _adaptive_max(
 
 
 def _adaptive_max_indices(switch: torch.Tensor, input_shape: Ints) -> torch.Tensor:
+    problem = _adaptive_problem(input_shape, switch.shape[2:])
+    checks.belongs(
+        "switch", switch, (*input_shape[:2], *switch.shape[2:]), switch, launch_pool.switch_dtype(problem)
+    )  # fmt: skip
     indices = torch.empty_like(switch, dtype=torch.int64)
     if indices.numel():
-        problem = _adaptive_problem(input_shape, switch.shape[2:])
         launch_pool.plan_adaptive_switch_to_index(
             problem, switch, indices, gpu=hardware.gpu_of(switch.device)
         ).run()  # fmt: skip
@@ -133,9 +136,13 @@ def _adaptive_max_indices(switch: torch.Tensor, input_shape: Ints) -> torch.Tens
 def _adaptive_max_backward(
     grad: torch.Tensor, switch: torch.Tensor, input_shape: Ints, channels_last: bool
 ) -> torch.Tensor:
+    problem = _adaptive_problem(input_shape, grad.shape[2:])
+    shape = (*input_shape[:2], *grad.shape[2:])
+    checks.belongs("switch", switch, shape, grad, launch_pool.switch_dtype(problem))
+    checks.belongs("grad", grad, shape, grad, grad.dtype)
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
-        problem, gpu = _adaptive_problem(input_shape, grad.shape[2:]), hardware.gpu_of(grad.device)
+        gpu = hardware.gpu_of(grad.device)
         launch_pool.plan_adaptive_max_backward(problem, grad, switch, grad_input, gpu=gpu).run()
     return grad_input
 
@@ -169,9 +176,10 @@ def _avg_pool_backward(
     grad: torch.Tensor, input_shape: Ints, kernel: Ints, stride: Ints, padding: Ints, ceil_mode: bool,
     count_include_pad: bool, divisor: int | None, channels_last: bool,
 ) -> torch.Tensor:  # fmt: skip
+    problem = _average_problem(input_shape, kernel, stride, padding, ceil_mode)
+    checks.belongs("grad", grad, problem.y_shape, grad, grad.dtype)
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
-        problem = _average_problem(input_shape, kernel, stride, padding, ceil_mode)
         averaging, gpu = launch_pool.Averaging(count_include_pad, divisor), hardware.gpu_of(grad.device)
         launch_pool.plan_average_backward(problem, averaging, grad, None, None, grad_input, gpu=gpu).run()
     return grad_input
@@ -194,15 +202,18 @@ def _lp_pool_backward(
     grad: torch.Tensor, input: torch.Tensor, output: torch.Tensor, norm: float, kernel: Ints, stride: Ints,
     ceil_mode: bool, channels_last: bool,
 ) -> torch.Tensor:  # fmt: skip
+    problem = _average_problem(input.shape, kernel, stride, (0, 0), ceil_mode)
+    for name, tensor in (("grad", grad), ("output", output)):
+        checks.belongs(name, tensor, problem.y_shape, input, input.dtype)
     grad_input = layout.empty_image(input.shape, grad, channels_last)
     if grad_input.numel():
-        problem = _average_problem(input.shape, kernel, stride, (0, 0), ceil_mode)
         averaging, gpu = launch_pool.Averaging(True, None, norm), hardware.gpu_of(grad.device)
         launch_pool.plan_average_backward(problem, averaging, grad, input, output, grad_input, gpu=gpu).run()
     return grad_input
 
 
 def _max_unpool(input: torch.Tensor, indices: torch.Tensor, output_size: Ints, channels_last: bool) -> torch.Tensor:
+    checks.belongs("indices", indices, input.shape, input, torch.int64)
     size = output_size[0] * output_size[1]
     if indices.numel() and indices.device.type == "cpu" and (indices.min() < 0 or indices.max() >= size):
         raise ValueError(
@@ -216,6 +227,7 @@ def _max_unpool(input: torch.Tensor, indices: torch.Tensor, output_size: Ints, c
 
 
 def _max_unpool_backward(grad: torch.Tensor, indices: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    checks.belongs("indices", indices, (*grad.shape[:2], *indices.shape[2:]), grad, torch.int64)
     grad_input = layout.empty_image(indices.shape, grad, channels_last)
     if grad_input.numel():
         launch_pool.plan_unpool_backward(grad, indices, grad_input, gpu=hardware.gpu_of(grad.device)).run()

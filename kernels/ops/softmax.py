@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tileconv.kernels import hardware
+from tileconv.kernels import checks, hardware
 from tileconv.kernels.launch import pointwise as launch_pointwise
 from tileconv.kernels.launch import softmax as launch_softmax
 from tileconv.kernels.ops.registry import define
@@ -29,10 +29,11 @@ def _softmax(input: torch.Tensor, dim: int, log: bool) -> torch.Tensor:
 
 
 def _softmax_backward(grad: torch.Tensor, output: torch.Tensor, dim: int, log: bool) -> torch.Tensor:
+    checks.belongs("grad", grad, output.shape, output, output.dtype)
     grad_input = output.new_empty(output.shape)
     if output.numel():
-        sources = [rows(tensor, dim) for tensor in (grad, output, grad_input)]
-        launch_softmax.plan_softmax_backward(*sources, log, gpu=hardware.gpu_of(output.device)).run()
+        dy, y, dx = (rows(tensor, dim) for tensor in (grad, output, grad_input))
+        launch_softmax.plan_softmax_backward(dy, y, dx, log, gpu=hardware.gpu_of(output.device)).run()
     return grad_input
 
 
@@ -65,7 +66,7 @@ def _cross_entropy_fake(
     dtype = _accumulator(input.dtype)
     count = math.prod(shape)
     loss = input.new_empty(shape if reduction == "none" else [])
-    return loss, input.new_empty([2, count], dtype=dtype), input.new_empty([], dtype=dtype)
+    return loss, input.new_empty([3, count], dtype=dtype), input.new_empty([], dtype=dtype)
 
 
 def _cross_entropy(
@@ -75,7 +76,7 @@ def _cross_entropy(
     x, labels = _operands(input, target)
     _check_labels(labels, x.shape[1], ignore_index)
     loss, saved, divisor = _cross_entropy_fake(input, target, weight, ignore_index, reduction, label_smoothing)
-    losses = torch.empty_like(saved)
+    losses = torch.empty_like(saved[:2])
     divisor.fill_(1.0)
     gpu = hardware.gpu_of(input.device)
     if saved.numel():
@@ -98,6 +99,9 @@ def _cross_entropy_backward(
     grad: torch.Tensor, input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, saved: torch.Tensor,
     divisor: torch.Tensor, ignore_index: int, reduction: str, label_smoothing: float, to_target: bool,
 ) -> torch.Tensor:  # fmt: skip
+    loss, kept, _ = _cross_entropy_fake(input, target, weight, ignore_index, reduction, label_smoothing)
+    checks.belongs("grad", grad, loss.shape, input, input.dtype)
+    checks.belongs("saved", saved, kept.shape, input, kept.dtype)
     result = torch.empty(input.shape, dtype=target.dtype if to_target else input.dtype, device=input.device)
     if result.numel():
         x, labels = _operands(input, target)

@@ -69,6 +69,8 @@ def cross_entropy(
     input = _widened(input)
     classes = input.shape[min(1, input.dim() - 1)]
     target = _target(input, target)
+    if target.is_floating_point() and ignore_index >= 0:
+        raise ValueError(f"ignore_index is {ignore_index}: probabilities name no class to ignore; leave it at -100")
     if weight is not None:
         if isinstance(weight, torch.Tensor) and weight.is_floating_point():
             weight = weight.to(input.dtype)

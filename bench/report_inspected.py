@@ -1,0 +1,254 @@
+"""The part of a report that needs no GPU: what was inspected, what is modelled, and where that falls short."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from .document import Block, Figure, Heading, Paragraph, Table
+from .figures import draw_loops, draw_roofline, render, roofline_points
+from .records import Inspection, Record
+from .targets import CaseSum, Line, case_sums, lines, shortfalls
+
+# name, title, description, drawing -> the figure, its files written
+Picture = Callable[[str, str, str, tuple[bytes, bytes, bytes]], Figure]
+SHORT_HEADER = ("target", "architecture", "dtype", "pass", "layer", "found", "wanted", "times the limit")
+MODEL_NOTE = (
+    "Modelled: computed from the tiles, published rates of the named GPU and the compiled loops; an upper bound on "
+    "speed, and nobody's measurement."
+)
+
+
+def archs_of(rows: Iterable[Inspection]) -> list[str]:
+    """The architectures, in the order in which they appear."""
+    return list(dict.fromkeys(i.arch for i in rows))
+
+
+def listed(words: Iterable[str]) -> str:
+    """Words as a sentence lists them."""
+    *rest, last = [*words] or [""]
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def inspection_faults(item: Inspection) -> list[str]:
+    """What is wrong with a compiled launch, in words; empty for a clean one."""
+    if item.failure is not None:
+        return ["did not compile"]
+    hopper = item.mma is not None and "GMMA" in item.mma
+    faults = {
+        "spills": item.stack_bytes > 0 or item.spills > 0,
+        "too much shared memory": not item.fits,
+        "serialised": item.serialised,
+        "operand A in registers": item.register_operand and hopper,
+    }
+    return [name for name, there in faults.items() if there]
+
+
+def inspected_line(rows: Sequence[Inspection]) -> str:
+    """One sentence on what was compiled, and how much of it is clean."""
+    if not rows:
+        return "nothing."
+    bad = [i for i in rows if inspection_faults(i)]
+    held = lines(rows)
+    short = sum(not line.met for line in held)
+    text = (
+        f"{len(rows)} launches compiled for {listed(archs_of(rows))} with triton {rows[0].triton}, machine code read; "
+        f"{len(rows) - len(bad)} without spills, serialised products or other faults"
+    )
+    if bad:
+        named = (f"{i.layer} {i.pass_} {i.arch} ({listed(inspection_faults(i))})" for i in bad[:3])
+        text += f", {len(bad)} not: " + listed(named) + (", ..." if len(bad) > 3 else "")
+    if held:
+        text += f". Of {len(held)} targets, these modelled ones included, {short} are missed"
+    hopper = sorted(
+        (i for i in rows if i.arch == "sm_90" and i.other_per_mma is not None and "GMMA" in (i.mma or "")),
+        key=lambda i: i.other_per_mma or 0.0,
+    )
+    if hopper:
+        low, high = hopper[0], hopper[-1]
+        text += (
+            f". Other instructions per HGMMA.64x128 on sm_90: {low.other_per_mma:.1f} ({low.layer} {low.pass_}) to "
+            f"{high.other_per_mma:.1f} ({high.layer} {high.pass_})"
+        )
+    return text + "."
+
+
+def modelled_line(rows: Sequence[Inspection]) -> str:
+    """One sentence on modelled times, by pass, for the first architecture and dtype that have them."""
+    cases = [case for case in case_sums(rows) if case.ratio is not None and case.flops]
+    if not cases:
+        return "nothing."
+    first = cases[0].first
+    same = [c for c in cases if (c.first.arch, c.first.dtype) == (first.arch, first.dtype)]
+    parts = []
+    for pass_ in dict.fromkeys(c.first.pass_ for c in same):
+        group = [c for c in same if c.first.pass_ == pass_]
+        times, floors = (sum(c.modelled_us or 0 for c in group), sum(c.floor_us or 0 for c in group))
+        parts.append(f"{pass_} {times:.0f} us ({times / floors:.2f}x the floor)")
+    return (
+        f"on {first.gpu} ({first.arch}), {first.dtype}, batch {first.batch}, over all layers that multiply: "
+        f"{listed(parts)}. The floor is the data sheet's; {MODEL_NOTE[0].lower()}{MODEL_NOTE[1:]}"
+    )
+
+
+def inspection_cells(rows: Sequence[Inspection]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """The table of launches: its header, and a line of text for every row."""
+    header = ("layer", "pass", "dtype", "arch", "kernel", "tile", "CTAs", "per SM", "registers", "stack B", "shared B",
+              "tensor cores", "loop", "multiplies", "other per multiply", "loads and stores", "useful", "modelled us",
+              "bound by", "verdict")  # fmt: skip
+    cells = tuple(
+        (i.layer, i.pass_, i.dtype, i.arch, i.kernel if i.role == "main" else f"+ {i.kernel}", i.tile, str(i.ctas),
+         _count(i.ctas_per_sm), str(i.registers), str(i.stack_bytes), str(i.shared_bytes), i.mma or "-",
+         _count(i.loop_instructions), str(i.loop_mma or "-"), _fixed(i.other_per_mma, 1),
+         ", ".join(f"{n} {k}" for k, n in i.loop_loads.items()) or "-", _useful(i), _fixed(i.modelled_us, 1),
+         i.bound_by or "-", i.failure or listed(inspection_faults(i)) or "clean")
+        for i in rows
+    )  # fmt: skip
+    return header, cells
+
+
+def shortfall_table(rows: Sequence[Inspection], summary: str = "") -> Table:
+    """Every line that falls short of its target, worst first."""
+    return Table(SHORT_HEADER, tuple(_short_cells(line) for line in shortfalls(rows)), summary)
+
+
+def _short_cells(line: Line) -> tuple[str, ...]:
+    times = "-" if math.isinf(line.excess) else f"{line.excess:.2f}x"
+    return (line.target, line.arch, line.dtype, line.pass_, line.subject, line.found, line.limit, times)
+
+
+def case_table(cases: Sequence[CaseSum]) -> Table:
+    """A line for every case: its launches added up."""
+    header = ("layer", "launches", "tile", "modelled us", "floor us", "modelled / floor", "modelled TFLOP/s",
+              "bound by", "useful", "last wave full", "MB requested", "MB least")  # fmt: skip
+    cells = tuple(
+        (c.first.layer, str(len(c.rows)), c.first.tile, _fixed(c.modelled_us, 1), _fixed(c.floor_us, 1),
+         _fixed(c.ratio, 2), _fixed(c.tflops, 0), c.first.bound_by or "-", _useful(c.first),
+         _percent(c.first.wave_efficiency), _fixed(_requested(c), 1),
+         _fixed(None if c.bytes_least is None else c.bytes_least / 1e6, 1))
+        for c in cases
+    )  # fmt: skip
+    return Table(header, cells)
+
+
+def peer_table(record: Record) -> Table:
+    """Ours beside the peer's for every case that both have, those where the peer could be ahead first."""
+    ours = {(c.first.case, c.first.arch): c for c in case_sums(record.inspections)}
+    pairs = [(ours[key], p) for p in record.peers if (key := (p.case, p.arch)) in ours]
+    pairs.sort(key=lambda pair: -(pair[0].modelled_us or 0) / (pair[1].modelled_us or math.inf))
+    header = ("layer", "pass", "dtype", "arch", "ours modelled us", "peer at best us", "peer bound by", "peer",
+              "peer tile", "others per multiply, ours", "peer's", "peer's loads and stores", "peer's faults",
+              "verdict")  # fmt: skip
+    cells = tuple(
+        (p.layer, p.pass_, p.dtype, p.arch, _fixed(c.modelled_us, 1), _fixed(p.modelled_us, 1), p.bound_by or "-",
+         p.kernel, p.tile, _fixed(c.first.other_per_mma, 1), _fixed(p.other_per_mma, 1),
+         ", ".join(f"{n} {k}" for k, n in p.loop_loads.items()) or "-",
+         p.failure or listed(inspection_faults(p)) or "none", _ahead(c, p))
+        for c, p in pairs
+    )  # fmt: skip
+    return Table(header, cells)
+
+
+def _ahead(case: CaseSum, peer: Inspection) -> str:
+    if case.modelled_us is None or peer.modelled_us is None:
+        return "not known"
+    return "ours ahead" if case.modelled_us < peer.modelled_us else "NOT AHEAD"
+
+
+def peer_section(record: Record) -> list[Block]:
+    """The comparison with other projects' kernels, compiled for the same layers."""
+    text = (
+        "Inductor's Triton templates from the torch of this record, every entry of its list of tiles compiled, the one "
+        "that could be fastest kept (of those without spills, if any). Its time is a lower bound: tensor cores, issued "
+        "instructions, L2 and DRAM, without start, waves and latency; ours is the full model with all helper kernels. "
+        "Neither is a measurement. Beside these templates Inductor may call cuDNN, which cannot be inspected. FlagGems "
+        "is not a dependency and not compared here."
+    )
+    return [Heading("Peers"), Paragraph(text), peer_table(record)]
+
+
+def inspect_section(rows: Sequence[Inspection], picture: Picture) -> list[Block]:
+    """Pictures and tables: what falls short, every pass of the modelled architectures, and every launch."""
+    blocks: list[Block] = [Heading("Inspected and modelled"), *_short_section(rows)]
+    if points := roofline_points(rows):
+        panels = len({(p.arch, p.dtype) for p in points})
+        size = (10.0, 4.4 * math.ceil(panels / 2))
+        title = (
+            "Modelled, not measured: arithmetic intensity against the cost model's speed, under the data sheet's roof."
+        )
+        text = "Modelled TFLOP/s against operations per byte for every layer and pass, on logarithmic scales"
+        blocks.append(picture("roofline", title, text, render(draw_roofline(points), size)))
+    blocks += _modelled_section(rows)
+    products = [i for i in rows if i.loop_instructions and i.loop_mma]
+    most = max((sum(i.arch == arch for i in products) for arch in archs_of(products)), default=0)
+    grid = max(1, math.ceil(len(archs_of(products)) / 2))
+    title = "What the main loop is made of, in instructions."
+    text = "Stacked bars: multiply, load and store, and other instructions in each main loop, by architecture"
+    drawing = render(draw_loops(rows), (10, max(2.5, grid * (1.2 + 0.2 * most))))
+    blocks += [picture("loops", title, text, drawing), *_launch_section(rows)]
+    return blocks
+
+
+def _short_section(rows: Sequence[Inspection]) -> list[Block]:
+    held = lines(rows)
+    short = [line for line in held if not line.met]
+    if not held:
+        return []
+    note = (
+        f"{len(held) - len(short)} of {len(held)} lines meet their target. A line is one target held against one "
+        "launch, or one case. Missed yes-or-no targets come first, then the others by how far they pass the limit. A "
+        "case's modelled time includes its helper kernels (space-to-depth, the sum of partial results). Bytes "
+        "requested are those that all programs ask for, L2's traffic; the least is each operand once."
+    )
+    return [Paragraph(note), shortfall_table(rows)] if short else [Paragraph(note)]
+
+
+def _modelled_section(rows: Sequence[Inspection]) -> list[Block]:
+    blocks: list[Block] = [Paragraph(MODEL_NOTE)]
+    groups: dict[tuple[str, str, str, str], list[CaseSum]] = {}
+    for case in case_sums(rows):
+        row = case.first
+        if case.floor_us is not None:
+            groups.setdefault((row.arch, row.gpu, row.dtype, row.pass_), []).append(case)
+    for (arch, gpu, dtype, pass_), cases in groups.items():
+        blocks += [Heading(f"{pass_}, {dtype}, {arch} (modelled for {gpu})", 3), case_table(cases)]
+    return blocks if groups else []
+
+
+def _launch_section(rows: Sequence[Inspection]) -> list[Block]:
+    batches = sorted({i.batch for i in rows})
+    text = (
+        f"Compiled for GPUs that need not be there, with a launch's arguments at batch {listed(map(str, batches))}. "
+        "The loop is the innermost one that multiplies; other instructions are counted for the work of one "
+        "HGMMA.64x128 or HMMA.16816. Loads and stores are counted by width in bits: in the loop, or in the whole "
+        "kernel where nothing multiplies. A plus sign marks a helper of the launch above or below it."
+    )
+    blocks: list[Block] = [Paragraph(text)]
+    for arch in archs_of(rows):
+        header, cells = inspection_cells([i for i in rows if i.arch == arch])
+        blocks.append(Table(header, cells, f"Every launch on {arch}"))
+    return blocks
+
+
+def _requested(case: CaseSum) -> float | None:
+    known = [None if i.bytes_read is None or i.bytes_written is None else i.bytes_read + i.bytes_written
+             for i in case.rows]  # fmt: skip
+    return None if None in known else sum(b for b in known if b is not None) / 1e6
+
+
+def _useful(item: Inspection) -> str:
+    if item.useful_rows is None or item.useful_columns is None:
+        return "-"
+    return _percent(item.useful_rows * item.useful_columns)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)

@@ -1,0 +1,79 @@
+"""Tiles of the kernels beside the convolution engine: locally connected layers and depthwise convolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.hardware import GPU
+from tileconv.kernels.tiles import power_of_two
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """What one program of a batched matrix product makes: rows x columns, `depth` at a step."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}*{self.depth} w{self.num_warps} s{self.num_stages}"
+
+
+def choose_local(rows: int, columns: int, depth: int, dtype: torch.dtype, gpu: GPU) -> ProductTile:
+    """The tile of a locally connected layer's products: small ones, because every pixel has its own."""
+    most = 512 if gpu.interprets else (32 if dtype.itemsize == 8 else 64)
+    extents = [min(max(power_of_two(extent), 16), most) for extent in (rows, columns, depth)]
+    return ProductTile(extents[0], extents[1], extents[2] if gpu.interprets else min(extents[2], 128 // dtype.itemsize))
+
+
+@dataclass(frozen=True)
+class DepthwiseTile:
+    """What one program makes: `lines` output rows of `columns` pixels x `channels`; in wgrad `taps` taps of `channels`,
+    from `columns` pixels at a step, the steps shared by `splits` programs."""
+
+    lines: int
+    columns: int
+    channels: int
+    taps: int = 1
+    splits: int = 1
+    num_warps: int = 4
+
+    def __str__(self) -> str:
+        size = f"{self.lines}x{self.columns}x{self.channels}"
+        return size + (f"*{self.taps} taps /{self.splits}" if self.taps > 1 or self.splits > 1 else "")
+
+
+def choose_depthwise(problem: Conv2dProblem, nhwc: bool, dtype: torch.dtype, gpu: GPU) -> DepthwiseTile:
+    """The tile of a forward or input-gradient pass: 16 bytes of channels (in NCHW columns) a thread.
+
+    Three output rows share the five input rows under a 3x3 window, instead of reading nine, and keep 24 sums a thread
+    of fp16.  Larger windows spill (7x7 of fp16: 58 times), strided ones share little.
+    """
+    lines = 3 if problem.stride[0] == 1 and problem.R > 1 and problem.taps <= 25 else 1
+    return _depthwise(problem, nhwc, dtype, gpu, min(lines, problem.P))
+
+
+def choose_depthwise_wgrad(problem: Conv2dProblem, nhwc: bool, dtype: torch.dtype, gpu: GPU) -> DepthwiseTile:
+    """The tile of a weight-gradient pass: up to nine taps a program, whose sums stay in registers until the end."""
+    tile = _depthwise(problem, nhwc, dtype, gpu, 1)
+    taps = min(problem.taps, 9)
+    blocks = -(-problem.K // tile.channels) * -(-problem.taps // taps)
+    steps = -(-problem.N * problem.P * problem.Q // tile.columns)
+    splits = max(1, min(steps // 4, -(-4 * gpu.sms // blocks)))
+    return replace(tile, taps=taps, splits=splits)
+
+
+def _depthwise(problem: Conv2dProblem, nhwc: bool, dtype: torch.dtype, gpu: GPU, lines: int) -> DepthwiseTile:
+    pixels = power_of_two(problem.N * -(-problem.P // lines) * problem.Q)
+    if gpu.interprets:
+        channels = min(power_of_two(problem.K), 256)
+        return DepthwiseTile(lines, min(pixels, (1 << 17) // channels), channels)
+    budget = 128 * max(1, 16 // dtype.itemsize)
+    channels = min(power_of_two(problem.K), max(16, 128 // dtype.itemsize)) if nhwc else 1
+    return DepthwiseTile(lines, min(pixels, budget // channels), channels)
