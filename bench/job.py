@@ -14,7 +14,8 @@ from . import environment
 from .cases import FORWARD, PASSES, cases
 from .check import checks
 from .inspect import inspect_all
-from .records import Check, Inspection, Record, Timing, from_data, save
+from .memory import alexnet_saved
+from .records import Check, Inspection, Record, Saved, Timing, from_data, save
 from .report import render_report
 from .timing import Timer
 from .workers import Progress
@@ -95,6 +96,7 @@ def run_job(
         checks=_rows(Check, check_rows),
         inspections=_rows(Inspection, inspect_rows),
         timings=tuple(timings),
+        saved=_rows(Saved, alexnet_saved()),
     )
     data = out / "data" / f"{device.slug}.json"
     save(record, data)

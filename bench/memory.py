@@ -25,15 +25,17 @@ def saved_bytes(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, pa
     return sum(kept.values())
 
 
-def alexnet_saved(batch: int = 1, device: str = "cpu") -> list[dict[str, Any]]:
+def alexnet_saved(batch: int = 1) -> list[dict[str, Any]]:
     """For each layer of AlexNet in training: layer, and the bytes an image that tileconv and PyTorch keep (fp32).
 
     The input of a layer is the output of the one before; it counts where a layer keeps it, and once in the last row,
     the whole network.
     """
+    from tileconv.kernels import hardware
     from tileconv.model.alexnet import alexnet, layers, reference_forward
     from tileconv.model.data import photographs
 
+    device = "cpu" if hardware.interpreting() else "cuda"
     model = alexnet(seed=0).to(device).train()
     x = pictures = photographs(batch).to(device)
     rows = []

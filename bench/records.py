@@ -151,6 +151,15 @@ class Inspection:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """Bytes an image that a layer keeps for its backward pass in fp32, counted: on these kernels, and on PyTorch's."""
+
+    layer: str
+    tileconv: int
+    pytorch: int
+
+
+@dataclass(frozen=True)
 class Timing:
     """One measured case on a GPU; the quantiles are None where the row has no speed (wrong, or out of memory)."""
 
@@ -192,6 +201,7 @@ class Record:
     inspections: tuple[Inspection, ...] = ()
     peers: tuple[Inspection, ...] = ()
     timings: tuple[Timing, ...] = ()
+    saved: tuple[Saved, ...] = ()
     schema: int = field(default=SCHEMA)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .document import Block, Facts, Figure, Heading, Paragraph, Table, to_html, to_markdown
 from .figures import draw_errors, render
-from .records import Check, Record, Timing, replace_bytes, replace_text
+from .records import Check, Record, Saved, Timing, replace_bytes, replace_text
 from .report_inspected import inspect_section, inspected_line, listed, modelled_line, peer_section
 
 NO_SPEED = "nothing. No GPU ran these kernels, so no GPU speed was measured"
@@ -45,6 +45,8 @@ def render_report(record: Record, out: Path) -> list[Path]:
         blocks += [Heading("Checked"), picture("errors", title, text, drawing), *_check_section(record.checks)]
     if record.inspections:
         blocks += inspect_section(record.inspections, picture)
+    if record.saved:
+        blocks += _saved_section(record.saved)
     if record.peers:
         blocks += peer_section(record)
     blocks += _conditions(record)
@@ -150,6 +152,16 @@ def _timing_section(timings: Sequence[Timing]) -> list[Block]:
         for t in timings
     )  # fmt: skip
     return [Heading("Measured"), Paragraph("Losses first."), compared, Table(header, rows, "Every measurement")]
+
+
+def _saved_section(saved: Sequence[Saved]) -> list[Block]:
+    header = ("layer", "tileconv bytes an image", "PyTorch bytes an image", "share")
+    rows = tuple(
+        (s.layer, f"{s.tileconv:,}", f"{s.pytorch:,}", f"{s.tileconv / s.pytorch:.0%}" if s.pytorch else "-")
+        for s in saved
+    )
+    text = "Counted in fp32: each storage that autograd keeps once, without parameters. Layers of a network share some."
+    return [Heading("Kept for backward"), Paragraph(text), Table(header, rows)]
 
 
 def _check_section(checks: Sequence[Check]) -> list[Block]:

@@ -6,8 +6,7 @@ from tileconv.kernels import hardware
 
 hardware.start_triton()
 
-from tileconv.kernels import functional, tiles  # noqa: E402
-from tileconv.kernels import modules as nn  # noqa: E402
+from tileconv.kernels import functional, nn, tiles  # noqa: E402
 from tileconv.kernels.conversion import convert, explain, revert  # noqa: E402
 from tileconv.kernels.exchange import conv_to_fc, fc_to_conv  # noqa: E402
 from tileconv.kernels.functional import (  # noqa: E402

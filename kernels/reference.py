@@ -252,7 +252,7 @@ def max_unpool2d(x: Tensor, indices: Tensor, output_size: tuple[int, int]) -> Te
     for p in range(x.shape[2]):
         for q in range(x.shape[3]):
             y.scatter_(2, indices[:, :, p, q, None], x[:, :, p, q, None])
-    return y.unflatten(2, (H, W))
+    return y.view(*y.shape[:2], H, W)
 
 
 def local_response_norm(

@@ -129,7 +129,7 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
 def first_layer(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> bool:
     """Whether a pass runs on problem.space_to_depth: few channels and a stride, so that no descriptor fits as it is."""
     few = problem.C <= 4 and max(problem.stride) > 1 and problem.dilation == (1, 1) and problem.groups == 1
-    if not few or pass_ == "dgrad" or _forced().get("formulation") == "gather":
+    if not few or pass_ == "dgrad" or forced().get("formulation") == "gather":
         return False
     return gpu.has_descriptors and addressable(problem.space_to_depth, pass_, dtype)
 
@@ -162,7 +162,8 @@ def override(**changes: object) -> Iterator[None]:
         _overrides.remove(changes)
 
 
-def _forced() -> dict[str, object]:
+def forced() -> dict[str, object]:
+    """What the overrides in force ask for."""
     return {name: value for override_ in _overrides for name, value in override_.items()}
 
 
@@ -171,7 +172,7 @@ def choose(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: st
 
     A dgrad problem is the rephrased one, geometry.DgradPart.problem.
     """
-    changes = _forced()
+    changes = forced()
     if not changes:
         return _choose(problem, pass_, dtype, precision, gpu, None)
     formulation = changes.pop("formulation", None)
@@ -325,6 +326,8 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
         rows, columns = block_k + block_k2, block_c * taps
         if rows * columns > 49_152 or (taps == 2 and problem.taps == 1):
             continue
+        if gpu.arch >= 100 and not block_k2 and rows * columns > 16_384:
+            continue  # compiled for sm_100 the sums' way out of tensor memory spills
         warps = 4 if rows * columns <= 24_576 else 8
         stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128))
         if stages < 2:

@@ -40,8 +40,8 @@ def principal_components(pictures: Tensor) -> Components:
 def shift_colours(pictures: Tensor, components: Components, generator: torch.Generator, sigma: float = SIGMA) -> Tensor:
     """Add to every pixel of a picture vectors @ (a * values), with a drawn once a picture from normal(0, sigma).
 
-    As the paper's formula has it: each component in proportion to its eigenvalue times a. (The eigenvalues are
-    variances: in [0, 1] the shifts are small, in 0..255 large. The paper's pixels are in 0..255.)
+    The paper's formula. Eigenvalues are variances and grow with the square of the pixels' scale, so it is meant for
+    pixels in [0, 1] or normalised ones: of 0..255 the shifts would be of hundreds.
     """
     _images(pictures)
     channels = len(components.values)

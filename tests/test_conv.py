@@ -13,6 +13,7 @@ from torch import Tensor
 import tileconv.kernels as tk
 from tileconv.kernels import hardware, reference, tiles
 from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.launch import conv as launch_conv
 
 CHANNELS_LAST = torch.channels_last
 OPS = torch.ops.tileconv
@@ -108,6 +109,12 @@ def test_a_strided_input_gradient_runs_as_boxes() -> None:
     with tiles.override(formulation="box"):
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert reference.error(dx, exact) <= 1e-5 * exact.abs().max().item()
+
+
+def test_a_strided_input_gradient_is_one_launch_a_residue() -> None:
+    problem = Conv2dProblem(2, 16, 9, 9, 16, 3, 3, (2, 3), ((1, 1), (1, 1)))
+    dy, w, dx = (torch.empty(shape) for shape in (problem.y_shape, problem.w_shape, problem.x_shape))
+    assert len(launch_conv.plan_dgrad(problem, dy, w, dx, gpu=hardware.INTERPRETER)) == 2 * 3
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

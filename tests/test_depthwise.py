@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tileconv.kernels import hardware, layout, reference, small_tiles
+import tileconv.kernels as tk
+from tileconv.kernels import hardware, layout, reference, small_tiles, tiles
 from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.launch import conv as launch_conv
 from tileconv.kernels.launch import depthwise
 from tileconv.kernels.ops.conv import conv2d_problem
 
@@ -126,3 +128,20 @@ def test_tiles_for_a_gpu() -> None:
 def test_a_first_layer_is_none() -> None:
     assert not depthwise.applies(Conv2dProblem(1, 1, 8, 8, 6, 3, 3))
     assert not depthwise.applies(Conv2dProblem(1, 8, 8, 8, 8, 3, 3, groups=4))
+
+
+def test_conv2d_takes_this_way_unless_a_formulation_is_asked_for() -> None:
+    x, w = torch.randn(2, 6, 5, 5, requires_grad=True), torch.randn(12, 1, 3, 3, requires_grad=True)
+    problem = Conv2dProblem(2, 6, 5, 5, 12, 3, 3, padding=((1, 1), (1, 1)), groups=6)
+    y = torch.empty(problem.y_shape)
+    plan = lambda: launch_conv.plan_fprop(problem, x, w, None, y, gpu=hardware.INTERPRETER)  # noqa: E731
+    assert "depthwise" in plan()[0].kernel.fn.__module__
+    with tiles.override(formulation="gather"):
+        assert "depthwise" not in plan()[0].kernel.fn.__module__
+    ours = tk.conv2d(x, w, padding=1, groups=6)
+    want = F.conv2d(x.double(), w.double(), padding=1, groups=6)
+    assert reference.error(ours, want) <= 1e-5
+    dy = torch.randn_like(ours)
+    grads = zip(torch.autograd.grad(ours, (x, w), dy), torch.autograd.grad(want, (x, w), dy.double()), strict=True)
+    for our, their in grads:
+        torch.testing.assert_close(our, their.float(), rtol=1e-4, atol=1e-4)

@@ -450,8 +450,8 @@ def test_a_peers_time_is_a_lower_bound():
     assert waiting["bound_by"] == "tensor, then issue" and waiting["modelled_us"] > overlapped["modelled_us"]
     # 108 instructions for eight products of 64x128x16, one scheduler each
     issue = 1e6 * free["flops_done"] / (2 * 64 * 128 * 16) * 108 / 8 / gpu.sms / gpu.clock
-    slow = peers.at_best(case, config, facts | {"loop_instructions": 808, "other_per_mma": 100.0}, gpu)
-    assert slow["bound_by"] == "issue" and slow["modelled_us"] == pytest.approx(issue * 808 / 108)
+    slow = peers.at_best(case, config, facts | {"loop_instructions": 1608, "other_per_mma": 200.0}, gpu)
+    assert slow["bound_by"] == "issue" and slow["modelled_us"] == pytest.approx(issue * 1608 / 108)
 
 
 def test_unknown_names_are_refused_with_the_nearest():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tileconv.bench import check, environment, job, providers, records, report, targets
+from tileconv.bench import check, environment, job, providers, records, report, report_inspected, targets
 from tileconv.bench.cases import Case
 from tileconv.bench.cli import app
 from tileconv.bench.records import Check, Commit, Device, Inspection, Machine, Record, RecordError, Timing, Versions
@@ -67,6 +67,13 @@ def a_record(kind="interpreter", **changes):
         ),
     )  # fmt: skip
     return dataclasses.replace(record, **changes)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Pictures take a second each; most tests look at the text."""
+    for module in (report, report_inspected):
+        monkeypatch.setattr(module, "render", lambda draw, size: (b"<svg/>", b"<svg/>", b"\x89PNG"))
 
 
 def environment_device():
@@ -362,7 +369,7 @@ def test_headline_has_three_lines_and_no_invented_speed():
     assert "TFLOP" not in "".join(lines)
 
 
-def test_losses_come_first(tmp_path):
+def test_losses_come_first(no_pictures, tmp_path):
     rows = (a_timing(), a_timing("torch", 100.0), a_timing(layer="conv3"), a_timing("torch", 40.0, layer="conv3"))
     record = a_record("cuda", timings=rows)
     assert "1.26x the speed of PyTorch" in report.headline(record)[2], "sqrt(2 * 0.8)"
@@ -372,7 +379,7 @@ def test_losses_come_first(tmp_path):
     assert text.index("0.80x") < text.index("2.00x")
 
 
-def test_failures_are_shown_first_and_escaped(tmp_path):
+def test_failures_are_shown_first_and_escaped(no_pictures, tmp_path):
     bad = a_check("conv4", error=None, note="<b>|died", op="", shape=(), allowed=None, passed=False)
     record = a_record(checks=(a_check("network"), bad, a_check("conv4")))
     report.render_report(record, tmp_path)
@@ -383,7 +390,7 @@ def test_failures_are_shown_first_and_escaped(tmp_path):
     assert job.failures(record) == ["alexnet/conv4/fp16: <b>|died"]
 
 
-def test_empty_record_renders(tmp_path):
+def test_empty_record_renders(no_pictures, tmp_path):
     report.render_report(a_record(checks=(), inspections=()), tmp_path)
     assert "**Checked**: nothing." in (tmp_path / "interpreter.md").read_text()
 
@@ -439,7 +446,7 @@ def test_wgrad_has_limits_of_its_own():
     assert targets.shortfalls([dataclasses.replace(row, modelled_us=110.0)]) == []
 
 
-def test_shortfalls_are_worst_first_and_in_the_report(tmp_path):
+def test_shortfalls_are_worst_first_and_in_the_report(no_pictures, tmp_path):
     rows = (an_inspection(other_per_mma=21.0), an_inspection("conv3", serialised=True), an_inspection("conv4"))
     found = targets.shortfalls(rows)
     assert [line.target for line in found[:2]] == ["asynchronous HGMMA", "other instructions per HGMMA.64x128"]
@@ -449,7 +456,7 @@ def test_shortfalls_are_worst_first_and_in_the_report(tmp_path):
     assert "nobody's measurement" in text
 
 
-def test_peers_stand_beside_ours_and_the_lost_ones_first(tmp_path):
+def test_peers_stand_beside_ours_and_the_lost_ones_first(no_pictures, tmp_path):
     rows = (an_inspection(), an_inspection("conv3"))
     others = (an_inspection(kernel="Inductor conv2d", modelled_us=95.0),
               an_inspection("conv3", kernel="Inductor conv2d", modelled_us=80.0, serialised=True))  # fmt: skip
@@ -461,7 +468,7 @@ def test_peers_stand_beside_ours_and_the_lost_ones_first(tmp_path):
     assert text.index("NOT AHEAD") < text.index("ours ahead")
 
 
-def test_modelled_is_never_called_measured(tmp_path):
+def test_modelled_is_never_called_measured(no_pictures, tmp_path):
     report.render_report(a_record(), tmp_path)
     text = (tmp_path / "interpreter.md").read_text()
     modelled = next(line for line in text.splitlines() if line.startswith("- **Modelled**"))
@@ -500,7 +507,7 @@ def test_bad_arguments(arguments, message):
     assert message in result.output
 
 
-def test_job_writes_a_record_and_its_report(tmp_path, monkeypatch):
+def test_job_writes_a_record_and_its_report(no_pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "checks", lambda *a, **k: [json.loads(json.dumps(records.to_data(a_check("network"))))])
     monkeypatch.setattr(job, "inspect_all", lambda *a, **k: [records.to_data(an_inspection())])
     result = CliRunner().invoke(app, ["bench", "--out", str(tmp_path)])
@@ -516,7 +523,7 @@ def test_job_writes_a_record_and_its_report(tmp_path, monkeypatch):
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_inspect_writes_a_record_that_report_renders(tmp_path, monkeypatch):
+def test_inspect_writes_a_record_that_report_renders(no_pictures, tmp_path, monkeypatch):
     from tileconv.bench import inspect
 
     monkeypatch.setattr(inspect, "inspect_all", lambda *a, **k: [records.to_data(an_inspection())])
@@ -532,7 +539,7 @@ def test_inspect_writes_a_record_that_report_renders(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "inspect-alexnet.md").read_text().startswith("# tileconv, inspected\n")
 
 
-def test_job_on_a_gpu_measures_as_well(tmp_path, monkeypatch):
+def test_job_on_a_gpu_measures_as_well(no_pictures, tmp_path, monkeypatch):
     """The whole job as a GPU machine runs it, the device and the timer stubbed."""
     monkeypatch.setattr(environment, "device", lambda: Device("Some GPU", "cuda", "some-gpu"))
     monkeypatch.setattr(job, "checks", lambda *a, **k: [records.to_data(a_check("network"))])
@@ -548,7 +555,7 @@ def test_job_on_a_gpu_measures_as_well(tmp_path, monkeypatch):
     assert "Measured" in (tmp_path / "some-gpu.md").read_text()
 
 
-def test_a_wrong_result_ends_with_an_error(tmp_path, monkeypatch):
+def test_a_wrong_result_ends_with_an_error(no_pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "checks", lambda *a, **k: [records.to_data(a_check("conv2", error=1.0))])
     monkeypatch.setattr(job, "inspect_all", lambda *a, **k: [])
     result = CliRunner().invoke(app, ["bench", "--out", str(tmp_path)])

@@ -167,8 +167,8 @@ def _share(
     return tl.where(inside & kept[:, None], share, 0.0)
 
 
-# Per row: losses[0] the loss, losses[1] what it counts in a mean; saved the largest x, log(sum(exp(x - largest))) and the
-# sum of B.  The first two added up would round away what the gradient is most sensitive to.
+# Per row: losses[0] the loss, losses[1] what it counts in a mean; saved the largest x, log(sum(exp(x - largest))), and
+# the sum of B.  The first two added up would round away what the gradient is most sensitive to.
 # A label outside the classes makes the loss NaN; nothing is read through it.
 @triton.jit
 def cross_entropy_forward(

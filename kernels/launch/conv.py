@@ -13,6 +13,7 @@ from tileconv.kernels import tiles
 from tileconv.kernels.device import conv as device
 from tileconv.kernels.geometry import Conv2dProblem, Filters
 from tileconv.kernels.hardware import GPU
+from tileconv.kernels.launch import depthwise
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
 from tileconv.kernels.launch.descriptors import (
     aligned,
@@ -43,6 +44,8 @@ def plan_fprop(
     `filters` says how the problem reads them: dgrad runs on the filters of fprop, transposed.  Strides of x and y are
     free; a formulation that needs descriptors copies an operand that they cannot address.
     """
+    if filters is None and _depthwise(problem):
+        return depthwise.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation)
     filters = filters or problem.filters
     if tiles.first_layer(problem, "dgrad" if filters.transposed else "fprop", x.dtype, gpu):
         blocks, x, first = _to_depth(problem, x, gpu)
@@ -69,6 +72,8 @@ def plan_dgrad(
     problem: Conv2dProblem, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, *, gpu: GPU, precision: str = "ieee"
 ) -> list[Launch]:
     """The launches that write dx, one for each residue of the input pixel: fprop on the rephrased problems."""
+    if _depthwise(problem):
+        return depthwise.plan_dgrad(problem, dy, w, dx, gpu=gpu)
     return [
         launch
         for part in problem.dgrad
@@ -76,7 +81,6 @@ def plan_dgrad(
             part.problem, dy, w, None, dx[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
             gpu=gpu, filters=part.filters, precision=precision,
         )
-        for part in problem.dgrad
     ]  # fmt: skip
 
 
@@ -84,6 +88,8 @@ def plan_wgrad(
     problem: Conv2dProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, *, gpu: GPU, precision: str = "ieee"
 ) -> list[Launch]:
     """The launches that write dw [K, C/groups, R, S] (channels_last): partial sums, then their sum in a fixed order."""
+    if _depthwise(problem):
+        return depthwise.plan_wgrad(problem, dy, x, dw, gpu=gpu)
     if tiles.first_layer(problem, "wgrad", x.dtype, gpu):
         blocks, x, first = _to_depth(problem, x, gpu)
         blocked = torch.empty(blocks.w_shape, dtype=dw.dtype, device=dw.device, memory_format=torch.channels_last)
@@ -125,6 +131,11 @@ def plan_wgrad(
     programs = blocks * taps * problem.groups * tile.splits
     launches = [Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]
+
+
+def _depthwise(problem: Conv2dProblem) -> bool:
+    """Whether a pass runs on the memory-bound kernels, which know none of the formulations that a test may force."""
+    return depthwise.applies(problem) and not tiles.forced()
 
 
 def _to_depth(problem: Conv2dProblem, x: torch.Tensor, gpu: GPU) -> tuple[Conv2dProblem, torch.Tensor, Launch]:

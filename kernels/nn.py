@@ -1,0 +1,53 @@
+"""torch.nn's layers on our kernels: its constructors and state_dict keys."""
+
+from tileconv.kernels.modules import (
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool2d,
+    Conv2d,
+    ConvReLU2d,
+    Dropout,
+    FusedReLU,
+    Linear,
+    LinearReLU,
+    LocalResponseNorm,
+    LPPool2d,
+    MaxPool2d,
+    MaxUnpool2d,
+    ReLU,
+)
+from tileconv.kernels.modules_more import (
+    Conv1d,
+    ConvTranspose2d,
+    CrossEntropyLoss,
+    Fold,
+    LocallyConnected2d,
+    LogSoftmax,
+    Softmax,
+    Unfold,
+)
+
+__all__ = [
+    "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AvgPool2d",
+    "Conv1d",
+    "Conv2d",
+    "ConvReLU2d",
+    "ConvTranspose2d",
+    "CrossEntropyLoss",
+    "Dropout",
+    "Fold",
+    "FusedReLU",
+    "LPPool2d",
+    "Linear",
+    "LinearReLU",
+    "LocalResponseNorm",
+    "LocallyConnected2d",
+    "LogSoftmax",
+    "MaxPool2d",
+    "MaxUnpool2d",
+    "ReLU",
+    "Softmax",
+    "Unfold",
+]
