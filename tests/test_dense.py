@@ -45,12 +45,12 @@ def unpadded_alexnet() -> AlexNet2012:
     """AlexNet 2012, eight times narrower, its convolutions not padded: 227 pixels leave 2x2 maps."""
     model = AlexNet2012(10, width=12, hidden=32)
     model.fc6 = nn.Linear(model.conv5.out_channels * 2 * 2, 32)
-    return lively(without_padding(model))  # type: ignore[no-any-return]
+    return lively(without_padding(model))
 
 
 def small_vgg(padding: int) -> VGG:
     """Five blocks of a convolution and a pool: 224 pixels leave 7x7 maps, or 5x5 where nothing is padded."""
-    return lively(VGG(10, widths=WIDTHS, hidden=16, maps=7 if padding else 5, padding=padding))  # type: ignore[no-any-return]
+    return lively(VGG(10, widths=WIDTHS, hidden=16, maps=7 if padding else 5, padding=padding))
 
 
 EXACT: dict[str, tuple[Callable[[], nn.Module], int | None, int, int]] = {
