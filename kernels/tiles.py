@@ -230,6 +230,10 @@ def _best(
         for tile in candidates(problem, pass_, dtype, precision, gpu)
         if formulation in (None, tile.formulation) and why_invalid(tile, problem, pass_, dtype, gpu) is None
     ]
+    if formulation is None and problem.stride == (1, 1):
+        # Pointers are for what descriptors cannot address, and for strides at small batches: the model knows too little
+        # of them to weigh the two.
+        valid = [tile for tile in valid if tile.formulation != "gather"] or valid
     if not valid:  # a formulation that was asked for and cannot run: choose() says why
         return ConvTile(str(formulation), (64, 1, 1), 64, 32)
 
@@ -262,6 +266,9 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
         if shift and (pass_ != "dgrad" or problem.stride[1] != 1 or problem.dilation[1] != 1 or problem.S == 1):
             continue
         # Sums of 24,576 elements are the most that four warps hold without spilling (219 registers), twice that eight.
+        # Compiled for one tap, transposed filters of 128 rows or more wait for every product; 128 + 64 do not.
+        if pass_ == "dgrad" and problem.taps == 1 and block_k > 64 and not block_k2:
+            continue
         if rows * pixels > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
             continue
         warps = 4 if rows * pixels <= 24_576 else 8

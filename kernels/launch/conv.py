@@ -206,7 +206,7 @@ def _plan_box(
 def _plan_finish(tile: tiles.ConvTile, parts: torch.Tensor, y: torch.Tensor, known: dict[str, Any], gpu: GPU) -> Launch:
     """The launch that adds the parts of shared tiles and finishes them as a whole tile would."""
     block_k = math.gcd(tile.filters, 1024 if gpu.interprets else 64)
-    block_p = tile.pixels if gpu.interprets else min(tile.pixels, 64)
+    block_p = tile.pixels if gpu.interprets else min(tile.pixels, 32)
     names = ("bias", "FULL", "N", "P", "Q", "K", "stride_yn", "stride_yp", "stride_yq", "stride_yk", "GROUPS", "SPLITS",
              "HAS_BIAS", "ACTIVATION", "OUT", "BOX_N", "BOX_H", "BOX_W", "SHIFT")  # fmt: skip
     arguments = {name: known[name] for name in names}
