@@ -140,6 +140,15 @@ def check_device(device: torch.device, argument: str) -> None:
     )
 
 
+@cache
+def triton_version() -> tuple[int, int]:
+    """(major, minor): what a tile compiles to depends on it."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def gpu_of(device: torch.device) -> GPU:
     """The GPU that launches on tensors of `device` go to."""
     if interpreting():

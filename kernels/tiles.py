@@ -13,7 +13,7 @@ import torch
 
 from tileconv.kernels import cost
 from tileconv.kernels.geometry import Conv2dProblem
-from tileconv.kernels.hardware import GPU
+from tileconv.kernels.hardware import GPU, triton_version
 
 FORMULATIONS = ("pixel", "box", "gather")
 PASSES = ("fprop", "dgrad", "wgrad")
@@ -268,6 +268,9 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
         # Sums of 24,576 elements are the most that four warps hold without spilling (219 registers), twice that eight.
         # Compiled for one tap, transposed filters of 128 rows or more wait for every product; 128 + 64 do not.
         if pass_ == "dgrad" and problem.taps == 1 and block_k > 64 and not block_k2:
+            continue
+        # Triton 3.6 makes products of 192 x 256 wait for each other; 3.7 does not.
+        if rows * pixels > 32_768 and triton_version() < (3, 7):
             continue
         if rows * pixels > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
             continue
