@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tileconv.kernels as tk
-from tileconv.kernels import tiles
+from tileconv.kernels import hardware, tiles
 
 X, W, B = torch.randn(2, 8, 6, 6), torch.randn(4, 8, 3, 3), torch.randn(4)
 
@@ -120,6 +120,25 @@ def test_a_tile_override_is_honoured_or_refused() -> None:
         pass
     with pytest.raises(TypeError, match="override has no field"), tiles.override(blocks=3):
         pass
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wish", "error", "words"),
+    [
+        (True, "", ValueError, "input is on the CPU: move it to the GPU"),
+        (False, "0", RuntimeError, "TILECONV_INTERPRET=0 refuses"),
+        (False, "", RuntimeError, "import tileconv.kernels first"),
+    ],
+    ids=["a GPU is there", "interpreter refused", "triton came first"],
+)
+def test_cpu_tensors_where_triton_compiles(
+    gpu: bool, wish: str, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "_interprets", False)
+    monkeypatch.setattr(hardware, "has_gpu", lambda: gpu)
+    monkeypatch.setenv("TILECONV_INTERPRET", wish)
+    with pytest.raises(error, match=words):
+        tk.conv2d(X, W)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
