@@ -338,7 +338,9 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             continue
         if gpu.arch >= 100 and not block_k2 and rows * columns > 16_384:
             continue  # compiled for sm_100 the sums' way out of tensor memory spills
-        warps = 4 if rows * columns <= 24_576 else 8
+        if dtype.itemsize == 4 and block_k2 and taps == 2:
+            continue  # 4-byte operands pass registers on their way, and four products' sums leave too few: spills
+        warps = 4 if rows * columns <= (24_576 if gpu.arch < 100 or block_k2 else 8192) else 8
         stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128))
         if stages < 2:
             continue
@@ -366,6 +368,7 @@ def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
         tiles = [
             ConvTile("gather", (depth, 1, 1), block_k, block_c, 8, 3, flat=True)
             for block_k, block_c in itertools.product((32, 64, 128), (32, 64, 128))
+            if block_k * block_c * dtype.itemsize <= 32_768  # 128 x 128 of 4-byte elements spills
         ]
         return [replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile, gpu)]
     if problem.group_channels < 16:
