@@ -305,6 +305,16 @@ def test_every_alexnet_kernel_compiles_without_spills():
 
 
 @pytest.mark.slow
+def test_every_pass_compiles_without_spills_for_three_generations():
+    rows = inspect.inspect_all(cases.cases("alexnet", 128), ["sm_80", "sm_90", "sm_100"])
+    assert len({(row["arch"], row["pass"]) for row in rows}) == 3 * len(cases.PASSES)
+    assert [(row["layer"], row["pass"], row["arch"], row["failure"]) for row in rows if row["failure"]] == []
+    spilling = [(row["layer"], row["pass"], row["arch"], row["kernel"]) for row in rows if row["stack_bytes"]]
+    assert spilling == []
+    assert [(row["layer"], row["pass"]) for row in rows if row["arch"] == "sm_90" and row["serialised"]] == []
+
+
+@pytest.mark.slow
 def test_gfx_resources():
     [row] = inspect.inspect_all(cases.cases("alexnet", 128, passes=["forward"])[:1], ["gfx942"])
     assert row["failure"] is None
