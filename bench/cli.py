@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tileconv.model.shapes import shapes_command
 from tileconv.model.train import train
 
 from .records import Record
@@ -230,3 +232,20 @@ def env() -> None:
 
 
 app.command()(train)
+app.command("shapes")(shapes_command)
+
+
+def _later(module: str, name: str, text: str) -> None:
+    """A command whose module, and with it the kernels, is imported when it runs: `tileconv --help` stays quick."""
+
+    def command(context: typer.Context) -> None:
+        alone = typer.Typer(add_completion=False)
+        alone.command()(getattr(importlib.import_module(module), name))
+        alone(context.args, prog_name=f"tileconv {name}")
+
+    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(name, help=text, context_settings=passed_on)(command)
+
+
+_later("tileconv.model.look", "show", "Draw a network's filters and what its layers make of a picture.")
+_later("tileconv.model.xo", "xo", "Tell an X from an O: three filters made by hand, then three found by training.")

@@ -48,10 +48,8 @@ class Row:
     parameters: int
     flops: int
     """Multiplications and additions of convolutions and fully connected layers, biases left out; 0 for others."""
-    weighted: bool
-    """Whether the layer has weights: its outputs are then neurons as papers count them."""
-    units: int
-    """Outputs of weighted layers for one picture: neurons."""
+    neurons: int
+    """Outputs for one picture, if the layer has weights: as papers count them."""
     elements: int
     """Outputs that are written, for the whole batch; of an inception module those within it too."""
     parts: tuple[Row, ...] = ()
@@ -138,8 +136,8 @@ def totals(rows: Iterable[Row], itemsize: int = 4) -> Totals:
     rows = list(rows)
     return Totals(
         parameters=sum(row.parameters for row in rows),
-        neurons=sum(row.units for row in rows),
-        convolution_neurons=sum(row.units for row in rows if row.kind != "linear"),
+        neurons=sum(row.neurons for row in rows),
+        convolution_neurons=sum(row.neurons for row in rows if row.kind != "linear"),
         flops=sum(row.flops for row in rows),
         memory=sum(row.memory(itemsize) for row in rows),
     )
@@ -187,6 +185,13 @@ def network(name: str, **arguments: Any) -> nn.Module:
         return build(name, **arguments)
 
 
+def channels_of(model: nn.Module) -> int:
+    """Channels of the pictures that a network takes."""
+    from torch import nn
+
+    return next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
 def _lenet(model: Any, shape: Sequence[int]) -> list[tuple[str, nn.Module]]:
     """LeNet's forward spelled out; the padding of its first layer depends on the picture."""
     import copy
@@ -215,24 +220,24 @@ def _walk(layers: Iterable[tuple[str, nn.Module]], at: _At, strict: bool) -> tup
 
     rows: list[Row] = []
     for name, m in layers:
-        try:
-            if isinstance(m, nn.ReLU | nn.Dropout | nn.Identity | nn.Softmax | nn.LogSoftmax):
-                continue
-            if isinstance(m, nn.Flatten):
-                at = replace(at, shape=(at.shape[0], math.prod(at.shape[1:])), field=_whole(at), jump=(0, 0))
-            elif isinstance(m, nn.BatchNorm2d) and rows:
-                rows[-1] = replace(rows[-1], parameters=rows[-1].parameters + _parameters(m))
-            elif isinstance(m, BasicConv2d):
-                inner, at = _walk([(name, m.conv), ("", m.bn)], at, strict)
-                rows += inner
-            elif isinstance(m, Inception):
-                row, at = _inception(name, m, at, strict)
-                rows.append(row)
-            else:
+        if isinstance(m, nn.ReLU | nn.Dropout | nn.Identity | nn.Softmax | nn.LogSoftmax):
+            continue
+        if isinstance(m, nn.Flatten):
+            at = _At((at.shape[0], math.prod(at.shape[1:])), _whole(at), (0, 0))
+        elif isinstance(m, nn.BatchNorm2d) and rows:
+            rows[-1] = replace(rows[-1], parameters=rows[-1].parameters + _parameters(m))
+        elif isinstance(m, BasicConv2d):
+            inner, at = _walk([(name, m.conv), (name, m.bn)], at, strict)
+            rows += inner
+        elif isinstance(m, Inception):
+            row, at = _inception(name, m, at, strict)
+            rows.append(row)
+        else:
+            try:
                 row, at = _layer(name, m, at, strict)
-                rows.append(row)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            rows.append(row)
     return rows, at
 
 
@@ -262,6 +267,7 @@ def _layer(name: str, m: nn.Module, at: _At, strict: bool) -> tuple[Row, _At]:
         kind = "adaptive_avg_pool2d" if isinstance(m, nn.AdaptiveAvgPool2d) else "adaptive_max_pool2d"
         return _row(name, kind, f"to {p}x{q}", after, m), after
     kernel, stride, dilation = (_pair(getattr(m, key, 1)) for key in ("kernel_size", "stride", "dilation"))
+    stride = kernel if stride == (None, None) else stride  # an LPPool2d's may be None
     padding: Pair = _same(m) if isinstance(m, nn.Conv2d) else _pair(getattr(m, "padding", 0))
     if strict:
         for extent, window, step, pad, spread in zip((h, w), kernel, stride, padding, dilation, strict=True):
@@ -269,13 +275,13 @@ def _layer(name: str, m: nn.Module, at: _At, strict: bool) -> tuple[Row, _At]:
     spans = (dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1)
     jump = (at.jump[0] * stride[0], at.jump[1] * stride[1])
     text = f"{kernel[0]}x{kernel[1]}"
-    tail = "".join(f", {key} {_short(value)}" for key, value, usual in (
-        ("stride", stride, (1, 1)), ("padding", padding, (0, 0)), ("dilation", dilation, (1, 1))) if value != usual)  # fmt: skip
+    named = (("stride", stride, (1, 1)), ("padding", padding, (0, 0)), ("dilation", dilation, (1, 1)))
+    tail = "".join(f", {key} {_short(value)}" for key, value, usual in named if value != usual)
     if isinstance(m, nn.Conv2d):
         if c != m.in_channels:
             raise ValueError(f"it takes {m.in_channels} channels and is given {c}")
         sides = (padding[0], padding[0]), (padding[1], padding[1])
-        conv = Conv2dProblem(n, c, h, w, m.out_channels, *kernel, stride, sides, dilation, m.groups)
+        conv = Conv2dProblem(n, c, h, w, m.out_channels, kernel[0], kernel[1], stride, sides, dilation, m.groups)
         after = _At(conv.y_shape, _seen(at, spans), jump)
         tail += f", {m.groups} groups" if m.groups > 1 else ""
         row = _row(name, "conv2d", f"{conv.K} x {text}x{conv.group_channels}{tail}", after, m)
@@ -295,7 +301,7 @@ def _inception(name: str, m: Any, at: _At, strict: bool) -> tuple[Row, _At]:
     ends: list[_At] = []
     for label, branch in m.named_children():
         chain = branch.named_children() if label != "branch1" else [("", branch)]
-        steps = [(f"{label}.{place}".rstrip("."), layer) for place, layer in chain]
+        steps = [(f"{name}.{label}.{place}".rstrip("."), layer) for place, layer in chain]
         rows, end = _walk(steps, at, strict)
         parts += rows
         ends.append(end)
@@ -304,16 +310,17 @@ def _inception(name: str, m: Any, at: _At, strict: bool) -> tuple[Row, _At]:
     after = _At((n, sum(end.shape[1] for end in ends), h, w), sight, ends[0].jump)
     row = Row(
         name, "inception", f"{len(ends)} branches", after.shape, after.field, after.jump,
-        sum(part.parameters for part in parts), sum(part.flops for part in parts), True,
-        sum(part.units for part in parts), sum(part.elements for part in parts) + math.prod(after.shape), tuple(parts),
+        parameters=sum(part.parameters for part in parts), flops=sum(part.flops for part in parts),
+        neurons=sum(part.neurons for part in parts),
+        elements=sum(part.elements for part in parts) + math.prod(after.shape), parts=tuple(parts),
     )  # fmt: skip
     return row, after
 
 
 def _row(name: str, kind: str, geometry: str, at: _At, m: nn.Module) -> Row:
-    weighted, count = kind in ("conv2d", "linear"), math.prod(at.shape)
-    units = count // at.shape[0] if weighted else 0
-    return Row(name, kind, geometry, at.shape, at.field, at.jump, _parameters(m), 0, weighted, units, count)
+    count = math.prod(at.shape)
+    neurons = count // at.shape[0] if kind in ("conv2d", "linear") else 0
+    return Row(name, kind, geometry, at.shape, at.field, at.jump, _parameters(m), 0, neurons, count)
 
 
 def _parameters(m: nn.Module) -> int:
@@ -343,7 +350,9 @@ def _same(m: Any) -> Pair:
         return 0, 0
     sides = [same_padding(window, spread) for window, spread in zip(m.kernel_size, m.dilation, strict=True)]
     if any(before != after for before, after in sides):
-        raise ValueError(f"padding='same' of a {m.kernel_size[0]}x{m.kernel_size[1]} window is uneven: not counted here")
+        raise ValueError(
+            f"padding='same' of a {m.kernel_size[0]}x{m.kernel_size[1]} window is uneven: not counted here"
+        )
     return sides[0][0], sides[1][0]
 
 
@@ -360,12 +369,12 @@ def table(rows: Sequence[Row], parts: bool = False) -> tuple[tuple[str, ...], li
     header = ("layer", "what", "output", "receptive field", "jump", "parameters", "neurons", "MFLOPs", "fp32 KiB")
     cells: list[tuple[str, ...]] = []
     for row in rows:
-        inner = [replace(part, name=f"  {part.name}") for part in row.parts] if parts else []
+        inner = [replace(part, name=f"  {part.name.removeprefix(row.name)[1:]}") for part in row.parts] if parts else []
         for r in (row, *inner):
             cells.append((
                 r.name, f"{r.kind}: {r.geometry}", "x".join(map(str, (*r.shape[2:], r.shape[1]))),
                 _short(r.receptive_field), _short(r.jump) if r.jump != (0, 0) else "-", f"{r.parameters:,}",
-                f"{r.units:,}", f"{r.flops / 1e6:,.1f}", f"{r.memory() / 1024:,.1f}",
+                f"{r.neurons:,}", f"{r.flops / 1e6:,.1f}", f"{r.memory() / 1024:,.1f}",
             ))  # fmt: skip
     return header, cells
 
@@ -377,9 +386,9 @@ def summary(rows: Sequence[Row], shape: Sequence[int]) -> list[str]:
         f"parameters: {sums.parameters:,}",
         f"neurons: {sums.convolution_neurons:,} in the convolutions, {sums.neurons:,} with the fully connected layers. "
         f"One picture's outputs of layers with weights; its {picture:,} inputs, pools and norms are not counted",
-        f"operations: {sums.flops / 1e9:,.3f} GFLOPs forward, multiplications and additions of convolutions and fully "
+        f"operations: {sums.flops / 1e6:,.1f} MFLOPs forward, multiplications and additions of convolutions and fully "
         "connected layers, taps in the padding included",
-        f"outputs of all layers: {sums.memory / 2**20:,.2f} MiB in fp32, ReLUs in place",
+        f"outputs of all layers: {sums.memory / 1024:,.1f} KiB in fp32, ReLUs in place",
     ]
 
 
@@ -398,9 +407,10 @@ def shapes_command(
             raise ValueError(f"model is {model!r}: allowed are {', '.join(SIZES)}")
         chosen = {"size": size} if model == "alexnet-2012" and size is not None else {}
         built = network(model, **chosen)
-        shape = (batch, 1 if "lenet" in model or model == "alexnet-mini" else 3, *(2 * (size or SIZES[model],)))
-        if batch < 1 or shape[2] < 1:
-            raise ValueError(f"batch is {batch} and size {shape[2]}: allowed are numbers of at least 1")
+        extent = SIZES[model] if size is None else size
+        if batch < 1 or extent < 1:
+            raise ValueError(f"batch is {batch}, size is {extent}: allowed are numbers of at least 1")
+        shape = (batch, channels_of(built), extent, extent)
         rows = shapes(built, shape, strict=strict)
     except (ValueError, ImportError) as error:
         _fail(error)
