@@ -1,4 +1,4 @@
-"""PyTorch's memory-format rule, and allocation by it."""
+"""PyTorch's memory-format rule and allocation by it, and the type that sums are kept in."""
 
 from __future__ import annotations
 
@@ -46,3 +46,8 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """A dense tensor as a vector in storage order."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums of `dtype` are kept in: fp32, and fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,6 +8,7 @@ import torch
 
 from tileconv.kernels.autograd.function import Function, Gradients, door, then_nones
 from tileconv.kernels.geometry import channel_window
+from tileconv.kernels.layout import sum_dtype
 from tileconv.kernels.ops import OPS
 
 
@@ -53,7 +54,7 @@ def _second_derivative(
     In PyTorch's operations, which have derivatives of any order: no kernel is worth its while here.
     """
     before, after = channel_window(input.shape[1], size)
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(input.dtype)
     v, g, x = v.to(dtype), grad.to(dtype), input.to(dtype)
     s = k + alpha * _window_sums(x * x, before, after)
     power = s**-beta

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from tileconv.kernels.layout import sum_dtype
+
 TRITON_TYPE = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -37,7 +39,7 @@ class Launch:
 
 def accumulator(dtype: torch.dtype) -> Any:
     """The type that sums of `dtype` are kept in."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    return TRITON_TYPE[sum_dtype(dtype)]
 
 
 def index_type(*tensors: torch.Tensor) -> Any:

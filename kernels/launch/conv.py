@@ -9,7 +9,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tileconv.kernels import tiles
+from tileconv.kernels import layout, tiles
 from tileconv.kernels.device import conv as device
 from tileconv.kernels.geometry import Conv2dProblem, Filters
 from tileconv.kernels.hardware import GPU
@@ -92,7 +92,7 @@ def plan_wgrad(
         return depthwise.plan_wgrad(problem, dy, x, dw, gpu=gpu)
     if tiles.first_layer(problem, "wgrad", x.dtype, gpu):
         blocks, x, first = _to_depth(problem, x, gpu)
-        blocked = torch.empty(blocks.w_shape, dtype=dw.dtype, device=dw.device, memory_format=torch.channels_last)
+        blocked = layout.empty_image(blocks.w_shape, dw, channels_last=True)
         last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
         return [first, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
     tile = tiles.choose(problem, "wgrad", x.dtype, precision, gpu)
@@ -141,23 +141,20 @@ def _depthwise(problem: Conv2dProblem) -> bool:
 def _to_depth(problem: Conv2dProblem, x: torch.Tensor, gpu: GPU) -> tuple[Conv2dProblem, torch.Tensor, Launch]:
     """The stride-1 problem of a first layer, its image, and the launch that fills it."""
     blocks = problem.space_to_depth
-    image = torch.empty(blocks.x_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    image = layout.empty_image(blocks.x_shape, x, channels_last=True)
     padding = problem.padding[0][0], problem.padding[1][0]
     return blocks, image, plan_space_to_depth(x, image, problem.stride, padding, gpu=gpu)
 
 
 def _filters_to_depth(problem: Conv2dProblem, w: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, Launch]:
     """The filters of that problem: blocked like an image of one filter each, without padding before."""
-    blocked = torch.empty(
-        problem.space_to_depth.w_shape, dtype=w.dtype, device=w.device, memory_format=torch.channels_last
-    )
+    blocked = layout.empty_image(problem.space_to_depth.w_shape, w, channels_last=True)
     return blocked, plan_space_to_depth(w, blocked, problem.stride, (0, 0), gpu=gpu)
 
 
 def _slices(splits: int, dw: torch.Tensor) -> torch.Tensor:
     """One slice of partial sums for each split, in the accumulator's type."""
-    dtype = torch.float64 if dw.dtype == torch.float64 else torch.float32
-    return torch.empty((splits, dw.numel()), dtype=dtype, device=dw.device)
+    return torch.empty((splits, dw.numel()), dtype=layout.sum_dtype(dw.dtype), device=dw.device)
 
 
 def _plan_box(
@@ -186,8 +183,8 @@ def _plan_box(
     shared = min(tile.tail or programs, programs) if tile.splits > 1 else 0
     parts = None
     if shared:
-        dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-        parts = torch.empty((shared, tile.splits, tile.rows, tile.pixels), dtype=dtype, device=y.device)
+        shape = (shared, tile.splits, tile.rows, tile.pixels)
+        parts = torch.empty(shape, dtype=layout.sum_dtype(y.dtype), device=y.device)
     where = {"FULL": programs - shared, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
              "BOX_W": tile.box[2], "SHIFT": int(tile.shift)}  # fmt: skip
     arguments = common | where | {

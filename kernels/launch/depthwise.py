@@ -13,6 +13,7 @@ from tileconv.kernels.geometry import Conv2dProblem, Filters
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch, accumulator, index_type, strides
 from tileconv.kernels.launch.pointwise import plan_add_slices
+from tileconv.kernels.layout import sum_dtype
 
 
 def applies(problem: Conv2dProblem) -> bool:
@@ -50,7 +51,7 @@ def plan_wgrad(
     tile = small_tiles.choose_depthwise_wgrad(problem, _nhwc(dy), dy.dtype, gpu)
     steps = triton.cdiv(problem.N * problem.P * problem.Q, tile.columns)
     loops = triton.cdiv(steps, tile.splits)
-    dtype = torch.float64 if dw.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(dw.dtype)
     parts = torch.empty((tile.splits, dw.numel()), dtype=dtype, device=dw.device)
     arguments = {
         "x": x, "dy": dy, "parts": parts, **_extents(problem, x, dy), "LOOPS": loops, "STRIDE_H": problem.stride[0],

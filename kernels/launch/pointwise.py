@@ -9,6 +9,7 @@ from tileconv.kernels import tiles
 from tileconv.kernels.device import pointwise as device
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch, accumulator, index_type
+from tileconv.kernels.layout import sum_dtype
 
 
 def plan_relu(x: torch.Tensor, y: torch.Tensor, *, gpu: GPU) -> Launch:
@@ -42,7 +43,7 @@ def plan_bias_backward(
     tile = tiles.choose_elementwise(images * pixels, width, dy.dtype, gpu)
     strips = min(triton.cdiv(images * pixels, tile.rows), 2 * gpu.sms)
     loops = triton.cdiv(images * pixels, tile.rows * strips)
-    dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(dy.dtype)
     parts = torch.empty((strips, width), dtype=dtype, device=dy.device)
     arguments = {
         "dy": dy, "y": y, "dx": dx, "sums": parts, "PIXELS": pixels, "HEIGHT": images * pixels, "K": width,

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tileconv.kernels import checks, hardware
+from tileconv.kernels import checks, hardware, layout
 from tileconv.kernels.launch import pointwise as launch_pointwise
 from tileconv.kernels.launch import softmax as launch_softmax
 from tileconv.kernels.ops.registry import define
@@ -43,10 +43,6 @@ def _operands(input: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, 
     return x, target.reshape(x.shape[0], x.shape[2]) if not target.is_floating_point() else target.reshape(x.shape)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _check_labels(target: torch.Tensor, classes: int, ignore_index: int) -> None:
     """Only on the CPU: on a GPU the look would wait for everything queued before it, and a wrong label gives NaN."""
     if target.device.type != "cpu" or target.is_floating_point():
@@ -63,7 +59,7 @@ def _cross_entropy_fake(
     label_smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     shape = [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
-    dtype = _accumulator(input.dtype)
+    dtype = layout.sum_dtype(input.dtype)
     count = math.prod(shape)
     loss = input.new_empty(shape if reduction == "none" else [])
     return loss, input.new_empty([3, count], dtype=dtype), input.new_empty([], dtype=dtype)
