@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-SCHEMA = 2
+SCHEMA = 3
+READABLE = (2, 3)  # 3 only added fields that have defaults
 
 
 class RecordError(ValueError):
@@ -148,6 +149,7 @@ class Inspection:
     dram_gbs: float | None
     triton: str
     failure: str | None = None
+    extra_bytes: int | None = None  # memory that the case's launches need besides operands and result
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,12 @@ class Saved:
 
 @dataclass(frozen=True)
 class Timing:
-    """One measured case on a GPU; the quantiles are None where the row has no speed (wrong, or out of memory)."""
+    """One measured case on a GPU; the quantiles are None where the row has no speed (wrong, or out of memory).
+
+    `method` "graph": calls were replayed from a CUDA graph, so the host's time is not in them. Clocks (MHz) and
+    temperatures (C) are those before and after; `throttled` names the reasons that the driver gave. Peak memory is what
+    the call allocated beyond its operands; `first_call_ms` holds compiling. None: not known, or not asked.
+    """
 
     network: str
     layer: str
@@ -180,6 +187,20 @@ class Timing:
     allowed: float | None
     passed: bool
     note: str = ""
+    status: Literal["timed", "wrong", "out of memory", "failed", "skipped"] = "timed"
+    precision: str = ""
+    tile: str = ""
+    method: Literal["events", "graph"] = "events"
+    p99_us: float | None = None
+    gbs: float | None = None
+    repeatable: bool | None = None
+    batch_invariant: bool | None = None
+    first_call_ms: float | None = None
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    clocks_mhz: tuple[float, ...] = ()
+    temperatures_c: tuple[float, ...] = ()
+    throttled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.passed and any(v is not None for v in (self.p20_us, self.p50_us, self.p80_us, self.tflops)):
@@ -321,6 +342,8 @@ def load(path: Path) -> Record:
         data = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise RecordError(f"{path}: not JSON: {error}") from None
+    if isinstance(data, dict) and data.get("schema") in READABLE:
+        data["schema"] = SCHEMA
     if isinstance(data, dict) and data.get("schema") != SCHEMA:
         older = isinstance(found := data.get("schema"), int) and found < SCHEMA
         advice = "; it was written by an older version: run the same command again" if older else ""

@@ -103,7 +103,7 @@ def broken(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=3), "schema: 3 is not the schema read here"),
+        (lambda d: d.update(schema=4), "schema: 4 is not the schema read here"),
         (lambda d: d.update(schema=1), "schema: 1 .* written by an older version: run the same command again"),
         (lambda d: d.pop("schema"), "schema: null is not the schema"),
         (lambda d: d.pop("machine"), r"record\.machine: missing"),
