@@ -140,10 +140,12 @@ def record_model(model: nn.Module, inputs: tuple[Any, ...]) -> Recorder:
 
     recorder = Recorder()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), _following(recorder, model):
-        empty = [fake.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs]
+        empty = tuple(fake.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs)
+        # Parameters and buffers too: batch normalisation counts its batches in place.
+        state = {name: fake.from_tensor(value) for name, value in _state(model)}
         try:
             with recorder:
-                model(*empty)
+                torch.func.functional_call(model, state, empty)
         except DynamicOutputShapeException as error:
             raise ValueError(f"an output's size depends on values ({error}), which cannot be recorded") from None
         except DataDependentOutputException as error:
@@ -156,6 +158,11 @@ def record_model(model: nn.Module, inputs: tuple[Any, ...]) -> Recorder:
                 "is not its input, let the callable return (model, example input)"
             ) from None
     return recorder
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 @cache
