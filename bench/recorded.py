@@ -142,7 +142,7 @@ def record_model(model: nn.Module, inputs: tuple[Any, ...]) -> Recorder:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), _following(recorder, model):
         empty = tuple(fake.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs)
         # Parameters and buffers too: batch normalisation counts its batches in place.
-        state = {name: fake.from_tensor(value) for name, value in _state(model)}
+        state: dict[str, Tensor] = {name: fake.from_tensor(value) for name, value in _state(model)}
         try:
             with recorder:
                 torch.func.functional_call(model, state, empty)

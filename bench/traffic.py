@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import traffic_layers
-from .traffic_base import Arguments, Traffic
+from .traffic_base import Arguments, Traffic, adaptive_pairs
 from .traffic_base import cdiv as _cdiv
 from .traffic_base import clip as _clip
 from .traffic_base import itemsize as _itemsize
@@ -269,11 +269,7 @@ def _window(a: Arguments, image: Any) -> tuple[int, int, int]:
 
 def _adaptive(a: Arguments) -> tuple[int, int]:
     """Elements that all windows of one plane load, and elements of a window's plane."""
-    rows, columns = (
-        sum(_cdiv((i + 1) * extent, outputs) - i * extent // outputs for i in range(outputs))
-        for extent, outputs in ((a["H"], a["P"]), (a["W"], a["Q"]))
-    )
-    return rows * columns, a["H"] * a["W"]
+    return adaptive_pairs(a), a["H"] * a["W"]
 
 
 def _adaptive_forward(a: Arguments) -> Traffic:

@@ -48,3 +48,12 @@ def touched(outputs: int, taps: int, stride: int, pad: int, dilation: int, exten
 def pairs(outputs: int, taps: int, stride: int, pad: int, dilation: int, extent: int) -> int:
     """Along one axis: pairs of an output and a tap inside the image."""
     return sum(0 <= o * stride - pad + t * dilation < extent for o, t in itertools.product(range(outputs), range(taps)))
+
+
+def adaptive_pairs(a: Arguments) -> int:
+    """Of one plane: pairs of an output of an adaptive pool and an element of its window."""
+    rows, columns = (
+        sum(cdiv((i + 1) * extent, outputs) - i * extent // outputs for i in range(outputs))
+        for extent, outputs in ((a["H"], a["P"]), (a["W"], a["Q"]))
+    )
+    return int(rows * columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .traffic_base import Arguments, Traffic, cdiv, itemsize, pairs, touched
+from .traffic_base import Arguments, Traffic, adaptive_pairs, cdiv, itemsize, pairs, touched
 
 Axis = tuple[int, int, int, int, int, int]  # outputs, taps, stride, padding, dilation, extent
 
@@ -45,19 +45,10 @@ def _average_backward(a: Arguments) -> Traffic:
     return Traffic(operands * planes * loads * size + values, written, least)
 
 
-def _adaptive_loads(a: Arguments) -> int:
-    """Elements that all windows of one plane hold."""
-    rows, columns = (
-        sum(cdiv((i + 1) * extent, outputs) - i * extent // outputs for i in range(outputs))
-        for extent, outputs in ((a["H"], a["P"]), (a["W"], a["Q"]))
-    )
-    return int(rows * columns)
-
-
 def _adaptive_max_forward(a: Arguments) -> Traffic:
     planes, size = _planes(a["x"]), itemsize(a["x"])
     written = planes * a["P"] * a["Q"] * (itemsize(a["y"]) + (itemsize(a["switch"]) if a["HAS_SWITCH"] else 0))
-    return Traffic(planes * _adaptive_loads(a) * size, written, planes * a["H"] * a["W"] * size + written)
+    return Traffic(planes * adaptive_pairs(a) * size, written, planes * a["H"] * a["W"] * size + written)
 
 
 def _adaptive_max_backward(a: Arguments) -> Traffic:
@@ -65,7 +56,7 @@ def _adaptive_max_backward(a: Arguments) -> Traffic:
     planes, switch = _planes(a["dx"]), itemsize(a["switch"])
     outputs = planes * a["P"] * a["Q"]
     hits, written = outputs * itemsize(a["dy"]), planes * a["H"] * a["W"] * itemsize(a["dx"])
-    return Traffic(planes * _adaptive_loads(a) * switch + hits, written, outputs * switch + hits + written)
+    return Traffic(planes * adaptive_pairs(a) * switch + hits, written, outputs * switch + hits + written)
 
 
 def _unpool(a: Arguments) -> Traffic:
