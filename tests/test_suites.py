@@ -509,6 +509,15 @@ def test_every_layer_compiles_without_spills():
 
 
 @pytest.mark.slow
+def test_odd_channels_and_large_depthwise_windows_do_not_spill():
+    rows = compiled("odd-sizes", "sm_90", dtypes=["fp16", "tf32"], passes=["fprop", "dgrad"], layers=["channels-127"])
+    rows += compiled(
+        "depthwise", "sm_90", passes=["fprop", "dgrad"], layers=["efficientnet-5x5-240", "two-filters-each"]
+    )
+    assert [(r["layer"], r["pass"], r["dtype"], r["failure"]) for r in rows if r["failure"] or r["stack_bytes"]] == []
+
+
+@pytest.mark.slow
 def test_workers_rebuild_users_suites(written, models):
     for suite, layers in ((written(YAML), ["stem"]), (f"{models}:small", [])):
         rows = compiled(suite, "sm_80", passes=["fprop"], layers=layers)
