@@ -341,7 +341,8 @@ def _space_to_depth(a: Arguments) -> Traffic:
 def _in_runs(a: Arguments) -> tuple[int, int]:
     """Pixels of x that the runs of all outputs load, and those that some run reaches."""
     rows = (a["P"], a["R"], a["STRIDE_H"], a["pad_h"], a["DIL_H"], a["H"])
-    columns = (a["Q"], a["RUN"], a["STRIDE_W"], a["FIRST"], 1, a["W"] * a["ALIGN"])
+    loaded = _cdiv(a["USED"], a["ALIGN"]) * a["ALIGN"]
+    columns = (a["Q"], loaded, a["STRIDE_W"], a["FIRST"], 1, a["W"] * a["ALIGN"])
     planes = a["N"] * a["C"]
     return planes * _pairs(*rows) * _pairs(*columns), planes * _touched(*rows) * _touched(*columns)
 

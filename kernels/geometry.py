@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 Pair = tuple[int, int]
@@ -151,6 +151,18 @@ class Conv2dProblem:
         (stride_h, stride_w), R, S = self.stride, -(-self.R // self.stride[0]), -(-self.S // self.stride[1])
         depth = -(-self.C * stride_h * stride_w // 8) * 8
         return Conv2dProblem(N=self.N, C=depth, H=self.P - 1 + R, W=self.Q - 1 + S, K=self.K, R=R, S=S)
+
+    @property
+    def interleaved(self) -> Conv2dProblem:
+        """The same problem on an image of one channel: its pixels' channels, side by side as NHWC has them.
+
+        Needs dilation 1 along W and one group.
+        """
+        before, after = self.padding[1]
+        return replace(
+            self, C=1, W=self.W * self.C, S=self.S * self.C, stride=(self.stride[0], self.stride[1] * self.C),
+            padding=(self.padding[0], (before * self.C, after * self.C)),
+        )  # fmt: skip
 
     def runs(self, itemsize: int) -> Runs | None:
         """How the rows of the filters lie along image rows; None where no aligned load of four bytes or more fits."""

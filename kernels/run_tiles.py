@@ -25,13 +25,13 @@ WGRAD = (
 
 
 def in_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str) -> bool:
-    """Whether a pass of a first layer can read its image in runs, where the image lies as they need it.
+    """Whether a pass is one of a first layer that can read its image in runs, if the image lies as they need it.
 
     Tensor cores take 4-byte operands along the depth only, and in wgrad pixels are the depth.
     """
     few = problem.C <= 4 and max(problem.stride) > 1 and not forced()
     on_tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and precision == "tf32" and pass_ == "fprop")
-    return few and pass_ != "dgrad" and on_tensor_cores and problem.runs(dtype.itemsize) is not None
+    return few and pass_ != "dgrad" and on_tensor_cores and problem.dilation[1] == problem.groups == 1
 
 
 @lru_cache(maxsize=1024)

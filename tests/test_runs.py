@@ -21,6 +21,8 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "7x7 s2": ((2, 3, 14, 18), (33, 3, 7, 7), {"stride": 2, "padding": 3}),
     "rows strided by three and dilated": ((1, 1, 20, 24), (8, 1, 5, 5), {"stride": (3, 2), "dilation": (2, 1)}),
     "stride wider than the filter": ((2, 4, 9, 16), (16, 4, 3, 3), {"stride": (1, 8), "padding": 1}),
+    "11x11 s4, channels last": ((2, 3, 19, 20), (18, 3, 11, 11), {"stride": 4, "padding": (1, 3)}),
+    "7x7 s2, channels last": ((1, 3, 14, 18), (16, 3, 7, 7), {"stride": 2, "padding": 3}),
     "one column of filters": ((3, 2, 8, 10), (17, 2, 2, 1), {"stride": 2}),
     "more output columns than a step of wgrad": ((1, 1, 3, 4200), (4, 1, 3, 3), {"stride": 2, "padding": 1}),
 }
@@ -48,6 +50,8 @@ def test_forward_and_gradients(name, dtype, planned, assert_within_budget):
     x, w, b = torch.randn(x_shape), torch.randn(w_shape) / w_shape[2], torch.randn(w_shape[0])
     layout = torch.channels_last if "7x7" in name else torch.contiguous_format
     x, w, b = x.to(dtype), w.to(dtype).contiguous(memory_format=layout), b.to(dtype)
+    if "channels last" in name:
+        x = x.contiguous(memory_format=torch.channels_last)
     y = F.conv2d(x, w, b, **arguments)
     dy = torch.randn_like(y)
 
@@ -74,17 +78,14 @@ def test_tf32_forward(planned):
     assert planned == ["plan_fprop"], "fp32 at its own precision does not need tensor cores' operands"
 
 
-X = torch.zeros(2, 3, 16, 32, dtype=torch.float16)
-
-
 @pytest.mark.parametrize(
     ("x", "why"),
     [
-        (X.contiguous(memory_format=torch.channels_last), "channels vary fastest"),
+        (torch.zeros(2, 3, 16, 30, dtype=torch.float16).to(memory_format=torch.channels_last), "rows are unaligned"),
         (torch.zeros(2, 3, 16, 30, dtype=torch.float16), "a row is no multiple of four pixels"),
         (torch.zeros(2, 3, 16, 33, dtype=torch.float16)[..., :32], "rows start at any pixel"),
         (torch.zeros(2, 3, 16, 40, dtype=torch.float16)[..., 4:36], "the first pixel is not at a multiple of 16 bytes"),
-        (X.float(), "fp32 without tensor cores"),
+        (torch.zeros(2, 3, 16, 32), "fp32 without tensor cores"),
         (torch.zeros(2, 5, 16, 32, dtype=torch.float16), "many channels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -101,6 +102,9 @@ def test_the_runs_of_a_problem():
     assert problem.runs(4) == Runs(16, 2, 4)
     resnet = Conv2dProblem(128, 3, 224, 224, 64, 7, 7, (2, 2), ((3, 3), (3, 3)))
     assert resnet.runs(2) == Runs(8, 1, 2)
+    flat = resnet.interleaved
+    assert (flat.C, flat.W, flat.S, flat.P, flat.Q, flat.flops) == (1, 672, 21, 112, 112, resnet.flops)
+    assert flat.runs(2) == Runs(32, 1, 2)
     assert Conv2dProblem(1, 3, 9, 9, 4, 3, 3, (1, 1)).runs(2) is None, "two bytes are no asynchronous load"
     assert Conv2dProblem(1, 3, 9, 9, 4, 3, 3, (1, 1)).runs(4) == Runs(4, 0, 1)
 

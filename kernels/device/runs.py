@@ -38,6 +38,7 @@ def fprop_runs(
     C: tl.constexpr,
     R: tl.constexpr,
     RUN: tl.constexpr,
+    USED: tl.constexpr,  # pixels of a run up to the filter's end: LEAD + S
     FIRST: tl.constexpr,  # pixels from the first run's start to the image's: pad_w + LEAD
     ALIGN: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -54,6 +55,7 @@ def fprop_runs(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,  # a multiple of RUN
 ):
+    LOADED: tl.constexpr = (USED + ALIGN - 1) // ALIGN * ALIGN
     t = tl.program_id(0)
     n_k = tl.cdiv(K, BLOCK_K)
     k = (t % n_k) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -66,7 +68,7 @@ def fprop_runs(
     v = (q * STRIDE_W - FIRST)[:, None] + (d % RUN)[None, :]
     start = (n * (stride_xn * ALIGN) + h0.to(INDEX) * (stride_xh * ALIGN))[:, None] + v
     # What a run has outside its row reads as zero because its image row is far away: one comparison in the loop.
-    inside = (v >= 0) & (v < W * ALIGN) & (n < N)[:, None]
+    inside = (v >= 0) & (v < W * ALIGN) & (n < N)[:, None] & (d % RUN < LOADED)[None, :]
     h0 = tl.where(inside, h0[:, None], -2 * _FAR)
     filters = w + k.to(INDEX)[:, None] * DEPTH + d[None, :]
     acc = tl.zeros((BLOCK_K, PIXELS), ACC)
@@ -109,6 +111,7 @@ def wgrad_runs(
     C: tl.constexpr,
     R: tl.constexpr,
     RUN: tl.constexpr,
+    USED: tl.constexpr,
     FIRST: tl.constexpr,
     ALIGN: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -122,6 +125,7 @@ def wgrad_runs(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    LOADED: tl.constexpr = (USED + ALIGN - 1) // ALIGN * ALIGN
     t = tl.program_id(0)
     n_k = tl.cdiv(K, BLOCK_K)
     k = (t % n_k) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -136,7 +140,7 @@ def wgrad_runs(
     r = run % R * DIL_H - pad_h
     v = (q * STRIDE_W - FIRST)[:, None] + (d % RUN)[None, :]
     start = v + (tl.cast(run // R, INDEX) * (stride_xc * ALIGN) + r.to(INDEX) * (stride_xh * ALIGN))[None, :]
-    inside = (v >= 0) & (v < W * ALIGN) & (q < Q)[:, None] & (run < C * R)[None, :]
+    inside = (v >= 0) & (v < W * ALIGN) & (q < Q)[:, None] & ((run < C * R) & (d % RUN < LOADED))[None, :]
     r = tl.where(inside, r[None, :], -2 * _FAR)
     grads = dy + q.to(INDEX)[:, None] * stride_yq + k.to(INDEX)[None, :] * stride_yk
     inside_y = (q < Q)[:, None] & (k < K)[None, :]

@@ -17,13 +17,23 @@ from tileconv.kernels.tiles import choose_elementwise
 
 
 def applies(problem: Conv2dProblem, pass_: str, x: torch.Tensor, precision: str) -> bool:
-    """Whether a pass can read x [N, C, H, W] in runs: W contiguous, every row and image at an aligned address."""
+    """Whether a pass can read x [N, C, H, W] in runs: neighbours side by side, rows and images at aligned addresses."""
     if not run_tiles.in_runs(problem, pass_, x.dtype, precision):
         return False
-    align = _runs_of(problem, x).align
+    problem, x = _in_rows(problem, x)
+    runs = problem.runs(x.itemsize)
+    if runs is None or x.data_ptr() % 16 or (x.stride(3) != 1 and x.shape[3] > 1):
+        return False
     pitches = [stride for extent, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if extent > 1]
-    lies = (x.stride(3) == 1 or x.shape[3] == 1) and all(pitch % align == 0 for pitch in pitches)
-    return lies and x.data_ptr() % 16 == 0
+    return all(pitch % runs.align == 0 for pitch in pitches)
+
+
+def _in_rows(problem: Conv2dProblem, x: torch.Tensor) -> tuple[Conv2dProblem, torch.Tensor]:
+    """Both with the pixels' channels as columns, where they lie so (NHWC); else as they are."""
+    if problem.C == 1 or x.stride(1) != 1 or (x.stride(3) != problem.C and x.shape[3] > 1):
+        return problem, x
+    flat = problem.interleaved
+    return flat, x.as_strided(flat.x_shape, (x.stride(0), x.stride(0), x.stride(2), 1))
 
 
 def plan_fprop(
@@ -31,6 +41,9 @@ def plan_fprop(
     *, gpu: GPU, activation: str | None, precision: str,
 ) -> list[Launch]:  # fmt: skip
     """The launches that write y [N, K, P, Q], any strides: the filters as runs, then the convolution."""
+    problem, x = _in_rows(problem, x)
+    if w.shape != problem.w_shape:
+        w = w.permute(0, 2, 3, 1).reshape(problem.w_shape)
     runs = _runs_of(problem, x)
     tile = run_tiles.choose_runs(problem, "fprop", x.dtype, precision, gpu)
     depth = -(-_columns(problem, runs) // tile.block_c) * tile.block_c
@@ -49,6 +62,7 @@ def plan_wgrad(
     problem: Conv2dProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, *, gpu: GPU, precision: str
 ) -> list[Launch]:
     """The launches that write dw [K, C, R, S] (channels_last): partial sums, their sum, and its way out of the runs."""
+    problem, x = _in_rows(problem, x)
     runs = _runs_of(problem, x)
     tile = run_tiles.choose_runs(problem, "wgrad", x.dtype, precision, gpu)
     columns = _columns(problem, runs)
@@ -85,12 +99,12 @@ def _columns(problem: Conv2dProblem, runs: Runs) -> int:
 
 def _geometry(problem: Conv2dProblem, runs: Runs, x: torch.Tensor) -> dict[str, Any]:
     """What both passes are told of the problem and its image; pitches in aligned loads, so that they divide."""
-    pitches = {f"stride_x{axis}": stride // runs.align for axis, stride in zip("nch", x.stride(), strict=False)}
+    pitches = {f"stride_x{axis}": stride // runs.align for axis, stride in zip("nch", x.stride()[:3], strict=True)}
     return pitches | {
         "x": x, "N": problem.N, "H": problem.H, "W": problem.W // runs.align, "K": problem.K, "P": problem.P,
         "Q": problem.Q, "pad_h": problem.padding[0][0], "C": problem.C, "R": problem.R, "RUN": runs.length,
-        "FIRST": problem.padding[1][0] + runs.lead, "ALIGN": runs.align, "STRIDE_H": problem.stride[0],
-        "STRIDE_W": problem.stride[1], "DIL_H": problem.dilation[0],
+        "USED": runs.lead + problem.S, "FIRST": problem.padding[1][0] + runs.lead, "ALIGN": runs.align,
+        "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1], "DIL_H": problem.dilation[0],
     }  # fmt: skip
 
 
