@@ -10,6 +10,7 @@ both to the loads and stores that the interpreter counts.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -294,6 +295,19 @@ def _max_backward(a: Arguments) -> Traffic:
     return Traffic(images * reached * switch + hits, written, outputs * switch + hits + written)
 
 
+def _max_backward_cells(a: Arguments) -> Traffic:
+    """The windows over each cell, each loaded once for the cell."""
+    windows = math.prod(
+        sum(0 <= i - back < outputs for i in range(cells) for back in range((window - 1) // stride + 1))
+        for cells, outputs, window, stride in (
+            (a["CELLS_H"], a["P"], a["R"], a["STRIDE_H"]), (a["CELLS_W"], a["Q"], a["S"], a["STRIDE_W"]))
+    )  # fmt: skip
+    images = a["dx"].shape[0] * a["dx"].shape[1]
+    size = _itemsize(a["dy"]) + _itemsize(a["switch"]) + (_itemsize(a["y"]) if a["MASK"] else 0)
+    written = images * a["H"] * a["W"] * _itemsize(a["dx"])
+    return Traffic(images * windows * size, written, images * a["P"] * a["Q"] * size + written)
+
+
 def _window(a: Arguments, image: Any) -> tuple[int, int, int]:
     """Of one plane: elements that all windows load, and those they touch; then the number of planes."""
     rows = a["P"], a["R"], a["STRIDE_H"], a["PAD_H"], a["DIL_H"], a["H"]
@@ -406,6 +420,7 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "wgrad_gather": _wgrad_gather,
     "max_forward": _max_forward,
     "max_backward": _max_backward,
+    "max_backward_cells": _max_backward_cells,
     "adaptive_avg_forward": _adaptive_forward,
     "adaptive_avg_backward": _adaptive_backward,
     "across_columns": _norm,
