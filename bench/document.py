@@ -167,7 +167,7 @@ class Lead:
 
     def markdown(self) -> str:
         items = [*self.facts, (self.what, f"{self.value}. {self.note}")]
-        items += [(card.word.capitalize(), f"{card.figure}. {card.text}") for card in self.cards]
+        items += [(card.word.capitalize(), f"{card.figure} {card.text}") for card in self.cards]
         return f"# {self.title}\n\n{Facts(tuple(items)).markdown()}\n\n{self.table.markdown()}"
 
     def html(self) -> str:

@@ -99,7 +99,7 @@ def _check_section(checks: Sequence[Check]) -> list[Block]:
     if network:
         shares = listed(f"{_share(c)} in {c.dtype}" for c in network)
         rule += f" AlexNet's forward pass on {network[0].shape[0]} photographs uses {shares} of the allowed error."
-    return [Paragraph(rule), worst, Table(header, every, f"Every comparison ({len(every)})", "Every comparison")]
+    return [Paragraph(rule), worst, Table(header, every, f"Every comparison ({len(every)})")]
 
 
 def _share(check: Check) -> str:

@@ -44,6 +44,12 @@ def inspection_faults(item: Inspection) -> list[str]:
     return [name for name, there in faults.items() if there]
 
 
+def named_faults(bad: Sequence[Inspection]) -> str:
+    """The first three of the launches with faults, and what is wrong with them."""
+    named = (f"{i.layer} {i.pass_} {i.arch} ({listed(inspection_faults(i))})" for i in bad[:3])
+    return listed(named) + (", ..." if len(bad) > 3 else "")
+
+
 def inspected_line(rows: Sequence[Inspection]) -> str:
     """One sentence on what was compiled, and how much of it is clean."""
     if not rows:
@@ -56,8 +62,7 @@ def inspected_line(rows: Sequence[Inspection]) -> str:
         f"{len(rows) - len(bad)} without spills, serialised products or other faults"
     )
     if bad:
-        named = (f"{i.layer} {i.pass_} {i.arch} ({listed(inspection_faults(i))})" for i in bad[:3])
-        text += f", {len(bad)} not: " + listed(named) + (", ..." if len(bad) > 3 else "")
+        text += f", {len(bad)} not: {named_faults(bad)}"
     if held:
         text += f". Of {len(held)} targets, these modelled ones included, {short} are missed"
     hopper = sorted(
@@ -267,7 +272,7 @@ def _modelled_section(rows: Sequence[Inspection]) -> list[Block]:
     main = {i.network for i in main_rows(rows)}
     for (network, batch, arch, gpu, dtype, pass_), cases in groups.items():
         title = f"{pass_} of {network} at batch {batch}, {dtype}, {arch} (modelled for {gpu})"
-        blocks.append(case_table(cases, summary="" if network in main else title, caption=title))
+        blocks.append(case_table(cases, **({"caption": title} if network in main else {"summary": title})))
     return blocks if groups else []
 
 
@@ -282,7 +287,7 @@ def _launch_section(rows: Sequence[Inspection]) -> list[Block]:
     blocks: list[Block] = [Heading("Launch by launch", 3), Paragraph(text)]
     for arch in archs_of(rows):
         header, cells = inspection_cells([i for i in rows if i.arch == arch])
-        blocks.append(Table(header, cells, f"Every launch on {arch} ({len(cells)})", f"Every launch on {arch}"))
+        blocks.append(Table(header, cells, f"Every launch on {arch} ({len(cells)})"))
     return blocks
 
 

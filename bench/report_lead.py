@@ -8,7 +8,15 @@ from .document import Card, Lead, Table
 from .frames import comparisons, first_condition, geometric_mean, under
 from .pictures import MAIN
 from .records import Check, Record
-from .report_inspected import SHORT_HEADER, archs_of, inspection_faults, listed, modelled_sums, short_cells
+from .report_inspected import (
+    SHORT_HEADER,
+    archs_of,
+    inspection_faults,
+    listed,
+    modelled_sums,
+    named_faults,
+    short_cells,
+)
 from .report_measured import number, times
 from .targets import lines
 
@@ -74,10 +82,11 @@ def _against_cudnn(record: Record) -> tuple[str, str, str, Table]:
 
 def _losses(known: pd.DataFrame, column: str) -> Table:
     rival = "cudnn" if column == "cudnn_ratio" else "best"
-    header = ("layer", "pass", "dtype", "batch", "tileconv us", "rival us", "speed-up")
+    header = ("layer", "pass", "dtype", "speed-up", "tileconv us", "rival us", "batch")
     rows = tuple(
-        (r["layer"] if r["network"] == MAIN else f"{r['network']} {r['layer']}", r["pass"], r["dtype"], str(r["batch"]),
-         number(r["us"]), number(r[f"{rival}_us"]), times(r[column]) + (" (throttled)" if r["hot"] else ""))
+        (r["layer"] if r["network"] == MAIN else f"{r['network']} {r['layer']}", r["pass"], r["dtype"],
+         times(r[column]) + (" (throttled)" if r["hot"] else ""), number(r["us"]), number(r[f"{rival}_us"]),
+         str(r["batch"]))
         for r in known.head(SHOWN).to_dict("records")
     )  # fmt: skip
     lost = int((known[column] < 1).sum())
@@ -90,7 +99,7 @@ def _not_measured(record: Record) -> tuple[str, str, str, Table]:
     held = lines(record.inspections)
     short = [line for line in held if not line.met]
     rows = tuple(short_cells(line) for line in short[:SHOWN])
-    caption = f"Furthest from target, {len(rows)} of {len(short)} missed; inspected and modelled, not measured"
+    caption = f"Furthest from target, {len(rows)} of {len(short)}; inspected and modelled"
     keep = [SHORT_HEADER.index(name) for name in ("layer", "pass", "target", "times the limit")]
     header = tuple(SHORT_HEADER[i] for i in keep)
     table = Table(header, tuple(tuple(row[i] for i in keep) for row in rows), caption=caption if held else "")
@@ -105,7 +114,7 @@ def _measured(record: Record) -> Card:
     hot = sum(bool(t.throttled) for t in rows)
     text = f"rows timed on {record.device.name}"
     if without:
-        text += f"; the other {without} say why they have no speed"
+        text += "; the rest say why they have no speed"
     if hot:
         text += f"; the GPU was throttled in {hot}"
     return Card("measured", f"{len(rows) - without} of {len(rows)}", text + ".")
@@ -128,13 +137,15 @@ def _inspected(record: Record) -> Card:
     rows = record.inspections
     if not rows:
         return Card("inspected", "Nothing.", "No kernel was compiled and read.")
-    clean = sum(not inspection_faults(i) for i in rows)
+    bad = [i for i in rows if inspection_faults(i)]
     held = lines(rows)
     short = sum(not line.met for line in held)
     text = f"launches for {listed(archs_of(rows))} compile without spills, serialised products or other faults."
+    if bad:
+        text += f" Not so: {named_faults(bad)}."
     if held:
         text += f" {short} of {len(held)} targets are missed, the modelled ones included."
-    return Card("inspected", f"{clean} of {len(rows)}", text)
+    return Card("inspected", f"{len(rows) - len(bad)} of {len(rows)}", text)
 
 
 def _checked(record: Record) -> Card:

@@ -66,7 +66,7 @@ def _every_row(timings: Sequence[Timing]) -> Table:
          " to ".join(f"{c:.0f}" for c in t.clocks_mhz) or "-", _note(t))
         for t in timings
     )  # fmt: skip
-    return Table(header, rows, f"Every measurement ({len(rows)} rows)", "Every measurement")
+    return Table(header, rows, f"Every measurement ({len(rows)} rows)")
 
 
 def _status(t: Timing) -> str:
