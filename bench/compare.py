@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from .document import listed
 from .frames import is_ours
 from .records import Inspection, Record, Timing
-from .report_inspected import inspection_faults, listed
+from .report_inspected import inspection_faults
 from .targets import CaseSum, case_sums
 
 Verdict = Literal["REGRESSION", "throttled", "rival moved", "within noise", "changed", "faster", "same"]

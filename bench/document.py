@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,9 +87,7 @@ class Table:
         text = "\n".join(line(row) for row in (self.header, rule, *self.rows))
         if self.caption:
             text = f"{self.caption}\n\n{text}"
-        if not self.summary:
-            return text
-        return f"<details><summary>{html.escape(self.summary)}</summary>\n\n{text}\n\n</details>"
+        return _folded(self.summary, f"\n\n{text}\n\n") if self.summary else text
 
     def html(self) -> str:
         numeric = self._numeric()
@@ -106,7 +104,11 @@ class Table:
         name = html.escape(self.caption or self.summary or "Table", quote=True)
         # A box that scrolls must be within reach of the keyboard; the script takes those out that do not scroll.
         text = f'<div class="scroll{tall}" role="region" aria-label="{name}" tabindex="0">{table}</div>'
-        return f"<details><summary>{html.escape(self.summary)}</summary>{text}</details>" if self.summary else text
+        return _folded(self.summary, text) if self.summary else text
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"<details><summary>{html.escape(summary)}</summary>{text}</details>"
 
 
 def _cells(row: Sequence[str], numeric: Sequence[bool]) -> list[str]:
@@ -120,7 +122,7 @@ def _cells(row: Sequence[str], numeric: Sequence[bool]) -> list[str]:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: a file beside the Markdown, and two SVGs (light, dark) inside the HTML."""
+    """A picture: a file beside the Markdown, and two SVGs (light, dark) inside the HTML. `summary` folds it away."""
 
     title: str
     description: str
@@ -128,20 +130,23 @@ class Figure:
     light: bytes
     dark: bytes
     word: Word
+    summary: str = ""
 
     def markdown(self) -> str:
-        return f"![{self.description}]({self.file})\n\n*{self.word.capitalize()}: {self.title}*"
+        text = f"![{self.description}]({self.file})\n\n*{self.word.capitalize()}: {self.title}*"
+        return _folded(self.summary, f"\n\n{text}\n\n") if self.summary else text
 
     def html(self) -> str:
         light, dark = (f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in (self.light, self.dark))
         about = html.escape(self.description, quote=True)
         # Print always takes the light picture; elsewhere the reader's setting decides.
-        return (
+        text = (
             f'<figure><figcaption><span class="badge {self.word}">{self.word}</span>{html.escape(self.title)}'
             f'</figcaption><div class="scroll" role="region" aria-label="Picture" tabindex="0"><picture>'
             f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
             f'<img src="{light}" alt="{about}"></picture></div></figure>'
         )
+        return _folded(self.summary, text) if self.summary else text
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,12 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
         if isinstance(block, Lead):
             parts.append(f'<nav aria-label="Sections">{links}</nav>')
     return page.frame(title, "\n".join(parts))
+
+
+def listed(words: Iterable[str]) -> str:
+    """Words as a sentence lists them."""
+    *rest, last = [*words] or [""]
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def _is_number(text: str) -> bool:

@@ -29,9 +29,10 @@ def is_cudnn(provider: str) -> bool:
     return provider.startswith(("cudnn", "cuDNN")) or provider == "torch"
 
 
-def is_default(provider: str) -> bool:
-    """Whether a provider is PyTorch as it is without any setting."""
-    return "default" in provider
+def defaults(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of PyTorch without any setting: those named so, else cuDNN's own choice, which the settings leave on."""
+    named = keep(rows, ("default" in p for p in rows["provider"]))
+    return named if len(named) else keep(rows, (p in ("cudnn-heuristic", "torch") for p in rows["provider"]))
 
 
 def keep(table: pd.DataFrame, flags: Iterable[bool]) -> pd.DataFrame:
@@ -79,7 +80,7 @@ def comparisons(timings: Sequence[Timing]) -> pd.DataFrame:
         row |= {"us": own["us"], "layout": own["memory_format"], "hot": own["hot"], "tflops": own["tflops"]}
         named = {
             "best": equal, "cudnn": keep(equal, map(is_cudnn, equal["provider"])),
-            "default": keep(others, map(is_default, others["provider"])),
+            "default": defaults(others),
         }  # fmt: skip
         for name, rivals in named.items():
             found = _fastest(rivals) if len(rivals) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Literal
 import pandas as pd
 
 from .cases import DTYPES, PASSES
-from .document import Figure, Word
+from .document import Figure, Word, listed
 from .figures import Draw
 from .figures_speed import (
     Chart,
@@ -27,11 +28,12 @@ from .figures_speed import (
 )
 from .frames import CASE, OURS, case_frame, comparisons, first_condition, keep, timing_frame, under
 from .networks import network_layers
-from .records import Record
-from .targets import BATCH
+from .records import Record, slug
+from .targets import reference_batch
 
 MAIN = "alexnet"
 PRODUCTS = ("fprop", "dgrad", "wgrad")
+COLUMNS = ("forward", "dgrad", "wgrad", "backward")
 COLUMN_OF = {"fprop": "forward", "forward": "forward"}
 DILATED = "dilated"
 # name, title, description, drawing, size in inches, how the numbers came about -> the figure, its files written
@@ -109,10 +111,10 @@ def speed_pictures(record: Record, picture: Picture) -> list[Figure]:
 
 
 def at_batch(table: pd.DataFrame) -> pd.DataFrame:
-    """Each network at the batch that pictures are about: BATCH where it is there, else its largest."""
+    """Each layer at the batch that pictures are about (targets.reference_batch)."""
     if table.empty:
         return table
-    chosen = table.groupby("network")["batch"].transform(lambda b: BATCH if (b == BATCH).any() else b.max())
+    chosen = table.groupby(["network", "layer"])["batch"].transform(reference_batch)
     return table[table["batch"] == chosen]
 
 
@@ -126,6 +128,8 @@ def _main(speeds: Speeds) -> pd.DataFrame:
 def _in_order(network: str, layers: Iterable[str]) -> list[str]:
     """Layers as the network runs them (a record holds them pass by pass); those of an unknown network as they are."""
     found = list(dict.fromkeys(layers))
+    if not re.fullmatch(r"[a-z0-9-]+", network):
+        return found  # a user's file or function, which a report must not run
     try:
         known = [shape.name for shape in network_layers(network, 1)]
     except ValueError:
@@ -142,7 +146,7 @@ def _heat(speeds: Speeds, record: Record, picture: Picture) -> list[Figure]:
         own = table[table["network"] == network]
         own = own.assign(column=own["pass"].map(lambda p: COLUMN_OF.get(p, p)))
         layers = _in_order(network, [*own["layer"], *_same(speeds.gaps, own)["layer"]])
-        columns = [c for c in ("forward", "dgrad", "wgrad", "backward") if c in set(own["column"])]
+        columns = list(dict.fromkeys(sorted(own["column"], key=lambda c: COLUMNS.index(c) if c in COLUMNS else 9)))
         panels = []
         for dtype in dict.fromkeys(own["dtype"]):
             part = own[own["dtype"] == dtype]
@@ -150,7 +154,7 @@ def _heat(speeds: Speeds, record: Record, picture: Picture) -> list[Figure]:
             hot = _cells(part[part["hot"].astype(bool)])
             lost = _cells(_same(speeds.gaps, part))
             panels.append(Heat(str(dtype), values.reindex(index=layers, columns=columns), better, hot, lost))
-        batch = own["batch"].iloc[0]
+        batch = listed(str(b) for b in sorted(set(own["batch"])))
         if better:
             title = (
                 f"speed-up over the best rival at equal precision, {network} at batch {batch}, on {speeds.where}. "
@@ -167,8 +171,11 @@ def _heat(speeds: Speeds, record: Record, picture: Picture) -> list[Figure]:
             label = "modelled time / floor"
         about = f"Heat map, {label}, for every layer of {network} by pass and dtype"
         size = (10.0, 0.9 + 0.27 * len(layers) + 0.3)
-        name = "heat" if network == networks[0] else f"heat-{network}"
-        found.append(picture(name, title, about, draw_heat(panels, label), size, speeds.word))
+        if network == networks[0]:
+            found.append(picture("heat", title, about, draw_heat(panels, label), size, speeds.word))
+        else:
+            drawn = picture(f"heat-{slug(network)}", title, about, draw_heat(panels, label), size, speeds.word)
+            found.append(dataclasses.replace(drawn, summary=f"Heat map of {network}"))
     return found
 
 
@@ -255,7 +262,7 @@ def _step(name: str, rows: pd.DataFrame) -> Step | None:
 
 def _dilation(speeds: Speeds, record: Record, picture: Picture) -> list[Figure]:
     table = at_batch(speeds.table[speeds.table["network"] == DILATED])
-    steps = table["layer"].str.extract(r"^dilation (\d+)$", expand=False) if len(table) else pd.Series(dtype=str)
+    steps = table["layer"].str.extract(r"^dilation[ -](\d+)$", expand=False) if len(table) else pd.Series(dtype=str)
     table = table.assign(dilation=pd.to_numeric(steps)).dropna(subset=["dilation"]).sort_values("dilation")
     if table["dilation"].nunique() < 2:
         return []

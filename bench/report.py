@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from .document import Block, Facts, Figure, Heading, Paragraph, Table, Word, to_html, to_markdown
+from .document import Block, Facts, Figure, Heading, Paragraph, Table, Word, listed, to_html, to_markdown
 from .figures import Draw, draw_errors, render
 from .pictures import speed_pictures
 from .records import Check, Record, Saved, replace_bytes, replace_text
-from .report_inspected import inspect_section, listed, peer_section
+from .report_inspected import inspect_section, peer_section
 from .report_lead import cards, lead, title_of
 from .report_measured import measured_section, tiny
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .document import Block, Heading, Paragraph, Table
+from .document import Block, Heading, Paragraph, Table, listed
 from .figures import draw_loops
 from .pictures import MAIN, Picture
 from .records import Inspection, Published, Record
@@ -22,12 +22,6 @@ MODEL_NOTE = (
 def archs_of(rows: Iterable[Inspection]) -> list[str]:
     """The architectures, in the order in which they appear."""
     return list(dict.fromkeys(i.arch for i in rows))
-
-
-def listed(words: Iterable[str]) -> str:
-    """Words as a sentence lists them."""
-    *rest, last = [*words] or [""]
-    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def inspection_faults(item: Inspection) -> list[str]:

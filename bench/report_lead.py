@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .document import Card, Lead, Table
+from .document import Card, Lead, Table, listed
 from .frames import comparisons, first_condition, geometric_mean, under
 from .pictures import MAIN
 from .records import Check, Record
@@ -12,7 +12,6 @@ from .report_inspected import (
     SHORT_HEADER,
     archs_of,
     inspection_faults,
-    listed,
     modelled_sums,
     named_faults,
     short_cells,

@@ -120,13 +120,18 @@ def case_sums(rows: Iterable[Inspection]) -> list[CaseSum]:
 
 
 def at_reference_batch(rows: Iterable[Inspection]) -> list[Inspection]:
-    """Each network at the batch that its targets and pictures are about: BATCH where it is there, else its largest."""
+    """Each layer at the batch that its targets and pictures are about: BATCH where it is there, else its largest."""
     rows = list(rows)
-    batches: dict[str, set[int]] = {}
+    batches: dict[tuple[str, str], set[int]] = {}
     for row in rows:
-        batches.setdefault(row.network, set()).add(row.batch)
-    chosen = {network: BATCH if BATCH in found else max(found) for network, found in batches.items()}
-    return [row for row in rows if row.batch == chosen[row.network]]
+        batches.setdefault((row.network, row.layer), set()).add(row.batch)
+    return [row for row in rows if row.batch == reference_batch(batches[row.network, row.layer])]
+
+
+def reference_batch(batches: Iterable[int]) -> int:
+    """The one of a layer's batch sizes that its targets and pictures are about."""
+    found = set(batches)
+    return BATCH if BATCH in found else max(found)
 
 
 def _loads(item: Inspection) -> str:

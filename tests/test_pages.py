@@ -166,6 +166,14 @@ def test_only_the_reference_batch_reaches_targets_and_pictures():
     assert [line.subject for line in alone if "other instructions" in line.target] == ["conv2"]
 
 
+def test_default_is_the_row_of_that_name_or_what_the_settings_leave_on():
+    heuristic, searched = a_timing(provider="cudnn-heuristic", us=70), a_timing(provider="cudnn-benchmark", us=60)
+    named = a_timing(provider="torch-default", us=50, precision="tf32")
+    rows = frames.comparisons([a_timing(), heuristic, searched])
+    assert rows["default_us"].tolist() == [70]
+    assert frames.comparisons([a_timing(), heuristic, searched, named])["default_us"].tolist() == [50]
+
+
 def test_limits_of_alexnet_do_not_judge_a_namesake():
     slow = an_inspection("conv2", modelled_us=1000.0)
     assert "modelled time / floor" in [line.target for line in targets.shortfalls([slow])]
