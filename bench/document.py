@@ -13,6 +13,7 @@ from . import page
 
 # How a number came about; one is never shown as another.
 Word = Literal["measured", "modelled", "inspected", "checked"]
+MISSED = "missed"  # among numbers: a yes-or-no target, of which there is no multiple
 LONG = 60  # characters from which a cell may wrap
 TALL = 20  # rows from which a table scrolls in its own box
 
@@ -221,5 +222,5 @@ def _is_number(text: str) -> bool:
     try:
         float(text.replace(",", "").removesuffix("x").removesuffix(" %") or "0")
     except ValueError:
-        return text == "-"
+        return text in ("-", MISSED)
     return True

@@ -12,18 +12,18 @@ from .records import Check, Inspection
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one version of a picture. The three series stay apart for colour-blind readers."""
+    """Colours of one version of a picture. The first three series stay apart for colour-blind readers."""
 
     page: str
     text: str
     grid: str
-    series: tuple[str, str, str]
+    series: tuple[str, str, str, str]
     muted: str
     alarm: str
 
 
-LIGHT = Theme("#ffffff", "#1c2128", "#d0d7de", ("#1f6fc9", "#d9632a", "#14916a"), "#c3cad2", "#b3123f")
-DARK = Theme("#14171c", "#e3e7ec", "#333a43", ("#5ba3f0", "#f08a55", "#3fc798"), "#4a535e", "#ff6b8f")
+LIGHT = Theme("#ffffff", "#1c2128", "#d0d7de", ("#1f6fc9", "#d9632a", "#14916a", "#7146a8"), "#c3cad2", "#b3123f")
+DARK = Theme("#14171c", "#e3e7ec", "#333a43", ("#5ba3f0", "#f08a55", "#3fc798", "#bf9cf0"), "#4a535e", "#ff6b8f")
 MARKERS = {"chosen": "o", "box": "s", "gather": "^", "pixel": "D"}
 Draw = Callable[[Any, Theme], None]
 

@@ -12,6 +12,23 @@ import pandas as pd
 from .figures import Draw, Theme, panels_of
 
 MARKS = ("o", "^", "s", "D")
+# A pass has the same colour and mark in every picture.
+PASS_SERIES = {"fprop": 0, "forward": 0, "dgrad": 1, "wgrad": 2, "backward": 3}
+STRONGEST = 2.0  # powers of two from 1 at which a heat map's colour is full: one odd cell must not pale the others
+
+
+def series_of(pass_: str) -> int:
+    """The place of a pass among a theme's series and MARKS."""
+    return PASS_SERIES.get(pass_, 3)
+
+
+def _plain_logarithm(axis: Any) -> None:
+    """A logarithmic axis with ticks at 1, 2 and 5, written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,7 @@ def draw_heat(panels: Sequence[Heat], label: str) -> Draw:
 
     def draw(figure: Any, theme: Theme) -> None:
         known = [abs(math.log2(v)) for p in panels for v in p.values.to_numpy().ravel() if v == v and v > 0]
-        reach = max([1.0, *known])
+        reach = min(max([1.0, *known]), STRONGEST)
         grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axes, panel in zip(grid, panels, strict=True):
             layers, passes = list(panel.values.index), list(panel.values.columns)
@@ -104,12 +121,14 @@ def draw_roofline(points: Sequence[RooflinePoint], word: str) -> Draw:
             top = max([p.tflops for p in own] + [p.peak_tflops or 0 for p in own])
             floor = min(p.tflops for p in own)
             axes.set_ylim(floor / (top / floor) ** 0.35 / 1.3, top * 1.8)
-            for i, pass_ in enumerate(passes):
-                there = [p for p in own if p.pass_ == pass_]
+            for pass_ in passes:
+                there, i = [p for p in own if p.pass_ == pass_], series_of(pass_)
                 axes.scatter(
-                    [p.intensity for p in there], [p.tflops for p in there], s=26, marker=MARKS[i % len(MARKS)],
-                    color=theme.series[i % len(theme.series)], zorder=3, alpha=0.9,
+                    [p.intensity for p in there], [p.tflops for p in there], s=26, marker=MARKS[i],
+                    color=theme.series[i], zorder=3, alpha=0.9,
                 )  # fmt: skip
+            _plain_logarithm(axes.xaxis)
+            _plain_logarithm(axes.yaxis)
             _name_layers(axes, theme, own, math.log(high / low))
             axes.set_title(title, loc="left")
             axes.set_xlabel("operations a byte, each operand moved once")
@@ -159,8 +178,8 @@ def _name_layers(axes: Any, theme: Theme, points: Sequence[RooflinePoint], width
 def _legend(figure: Any, theme: Theme, names: Sequence[str]) -> None:
     axes = figure.axes[0]
     handles = [
-        axes.scatter([], [], color=theme.series[i % len(theme.series)], marker=MARKS[i % len(MARKS)], label=name)
-        for i, name in enumerate(names)
+        axes.scatter([], [], color=theme.series[series_of(name)], marker=MARKS[series_of(name)], label=name)
+        for name in names
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
 
@@ -184,12 +203,13 @@ class Waterfall:
 
 def draw_waterfalls(panels: Sequence[Waterfall], reference: str, axis: str) -> Draw:
     """Each step starts where the one before it ended; below it, thinner, what it is compared with."""
-    parts = list(dict.fromkeys(part for panel in panels for step in panel.steps for part in step.parts))
+    there = {part for panel in panels for step in panel.steps for part in step.parts}
+    parts = sorted(there, key=series_of)
 
     def draw(figure: Any, theme: Theme) -> None:
         heights = [len(panel.steps) + 2 for panel in panels]
         grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-        colors = dict(zip(parts, (*theme.series, theme.alarm, theme.text), strict=False))
+        colors = {part: theme.series[series_of(part)] for part in parts}
         for axes, panel in zip(grid, panels, strict=True):
             _waterfall(axes, theme, panel, colors)
             axes.set_xlabel(axis)
@@ -277,6 +297,7 @@ def draw_charts(charts: Sequence[Chart]) -> Draw:
             axes.minorticks_off()
             if chart.log:
                 axes.set_yscale("log")
+                _plain_logarithm(axes.yaxis)
             else:
                 axes.set_ylim(0, max(y for curve in chart.curves for y in (*curve.y, *curve.high)) * 1.3)
             axes.set_xlabel(chart.x_label)

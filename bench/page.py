@@ -49,10 +49,11 @@ dt { font-weight: 600; } dd { margin: 0; min-width: 0; }
   padding: .05em .6em; white-space: nowrap; }
 nav { font-size: .9rem; margin-top: 1.25rem; } nav a { margin-right: 1.1rem; }
 
-figure { margin: 1.5rem 0 2rem; } figcaption { color: var(--soft); font-size: .9rem; margin-bottom: .5rem;
+figure { margin: 1.5rem 0 2rem; } figure .scroll { margin: 0; }
+figcaption { color: var(--soft); font-size: .9rem; margin-bottom: .5rem;
   max-width: 60rem; }
 img { display: block; height: auto; max-width: 100%; }
-.scroll { container-type: inline-size; overflow: auto; } .scroll.tall { max-height: 34rem; }
+.scroll { container-type: inline-size; margin-bottom: 1.5rem; overflow: auto; } .scroll.tall { max-height: 34rem; }
 :focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; line-height: 1.4; }
 caption { color: var(--soft); padding: 0 0 .4rem; text-align: left; }

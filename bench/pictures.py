@@ -25,6 +25,7 @@ from .figures_speed import (
     draw_heat,
     draw_roofline,
     draw_waterfalls,
+    series_of,
 )
 from .frames import CASE, OURS, case_frame, comparisons, first_condition, keep, timing_frame, under
 from .networks import network_layers
@@ -269,7 +270,8 @@ def _dilation(speeds: Speeds, record: Record, picture: Picture) -> list[Figure]:
     charts = []
     for dtype in list(dict.fromkeys(table["dtype"]))[:2]:
         curves = []
-        for i, pass_ in enumerate(p for p in PRODUCTS if p in set(table["pass"])):
+        for pass_ in (p for p in PRODUCTS if p in set(table["pass"])):
+            i = series_of(pass_)
             own = table[(table["dtype"] == dtype) & (table["pass"] == pass_)]
             curves.append(Curve(f"{pass_}, {OURS}", _column(own, "dilation"), _column(own, "us"), i))
             known = own.dropna(subset=["reference_us"])
@@ -336,7 +338,7 @@ def _memory(speeds: Speeds, record: Record, table: pd.DataFrame) -> tuple[list[C
         extra = table.assign(all=table["bytes_least"] + table["extra_bytes"]).groupby("batch")["all"].max() / 1e6
         curves.append(Curve("with what kernels need besides", x, tuple(extra), 1, dashed=True))
         note = "Memory is counted from the launches."
-    return [Chart("memory: counted", "batch", axis, tuple(curves), log=True)], note
+    return [Chart("memory: counted", "batch", axis, tuple(curves))], note
 
 
 def _peaks(record: Record, table: pd.DataFrame, axis: str) -> tuple[list[Chart], str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .document import Block, Heading, Paragraph, Table, listed
+from .document import MISSED, Block, Heading, Paragraph, Table, listed
 from .figures import draw_loops
 from .pictures import MAIN, Picture
 from .records import Inspection, Published, Record
@@ -146,7 +146,7 @@ def shortfall_table(rows: Sequence[Inspection], caption: str = "") -> Table:
 
 def short_cells(line: Line) -> tuple[str, ...]:
     """A target that is missed, as SHORT_HEADER names its cells."""
-    times = "-" if math.isinf(line.excess) else f"{line.excess:.2f}x"
+    times = MISSED if math.isinf(line.excess) else f"{line.excess:.2f}x"
     return (line.subject, line.pass_, line.dtype, line.arch, line.target, line.found, line.limit, times)
 
 
