@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tileconv.bench import document, figures, frames, pictures, records, report, report_lead, targets
+from tileconv.bench import document, figures, frames, pictures, records, report, report_inspected, report_lead, targets
 from tileconv.bench.records import Check, Commit, Device, Inspection, Machine, Published, Record, Timing, Versions
 
 LAYERS = ("conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8")
@@ -180,6 +180,13 @@ def test_limits_of_alexnet_do_not_judge_a_namesake():
     namesake = dataclasses.replace(slow, network="lenet", case="lenet/conv2")
     assert "modelled time / floor" not in [line.target for line in targets.lines([namesake])]
     assert all(line.subject == "lenet conv2" for line in targets.lines([namesake]))
+
+
+def test_one_operand_of_wgrad_may_pass_registers():
+    assert report_inspected.inspection_faults(an_inspection(register_operand=True)) == ["operand A in registers"]
+    assert report_inspected.inspection_faults(an_inspection(pass_="wgrad", register_operand=True)) == []
+    many = [an_inspection(f"conv{i}", stack_bytes=8) for i in range(5)]
+    assert report_inspected.named_faults(many).endswith("conv2 fprop sm_90 (spills) and 2 more")
 
 
 # Pictures
