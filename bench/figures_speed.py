@@ -284,9 +284,11 @@ def draw_charts(charts: Sequence[Chart]) -> Draw:
         for axes, chart in zip(panels_of(figure, len(charts)), charts, strict=True):
             for curve in chart.curves:
                 color = theme.series[curve.color % len(theme.series)]
+                # Lines often coincide: each is thinner than the one below it, so that none is hidden.
+                weight = max(3.2 - curve.color, 1.2)
                 axes.plot(
-                    curve.x, curve.y, color=color, marker=MARKS[curve.color % len(MARKS)], markersize=4.5,
-                    linewidth=1.6, linestyle="--" if curve.dashed else "-", label=curve.name,
+                    curve.x, curve.y, color=color, marker=MARKS[curve.color % len(MARKS)], markersize=3 + 1.5 * weight,
+                    linewidth=weight, linestyle="--" if curve.dashed else "-", label=curve.name,
                     markerfacecolor=theme.page if curve.dashed else color,
                 )  # fmt: skip
                 if curve.low:

@@ -279,7 +279,10 @@ def _dilation(speeds: Speeds, record: Record, picture: Picture) -> list[Figure]:
             curves.append(Curve(label, _column(known, "dilation"), _column(known, "reference_us"), i, dashed=True))
         title = f"{dtype}, batch {table['batch'].iloc[0]}: {speeds.word}"
         charts.append(Chart(title, "dilation, at equal output size", f"{speeds.word} microseconds", tuple(curves)))
-    title = f"time against dilation, for {speeds.where}. Level lines: dilation only moves coordinates."
+    title = (
+        f"time against dilation, for {speeds.where}. Dilation only moves coordinates; taps that lie in the padding are "
+        "skipped by tileconv."
+    )
     about = (
         f"Lines of {speeds.word} time over dilations from {table['dilation'].min():g} to {table['dilation'].max():g}"
     )
