@@ -59,11 +59,13 @@ def _products(case: Case, launches: Sequence[Any], gpu: Any) -> dict[int, tuple[
     from tileconv.kernels import cost, run_tiles, tiles
 
     problem, dtype = conv_problem(shape_of(case)), DTYPES[case.dtype]
-    in_runs = any(launch.kernel.__name__.endswith("_runs") for launch in launches)
+    in_runs = next((launch for launch in launches if launch.kernel.__name__ in ("fprop_runs", "wgrad_runs")), None)
     choose = run_tiles.choose_runs if in_runs else tiles.choose
     if case.pass_ == "dgrad":
         problems = [(part.problem, part.problem) for part in problem.dgrad]
-    elif not in_runs and tiles.first_layer(problem, case.pass_, dtype, gpu):
+    elif in_runs:
+        problems = [(problem.widened(in_runs.arguments["x"].shape[3]), problem)]
+    elif tiles.first_layer(problem, case.pass_, dtype, gpu):
         problems = [(problem.space_to_depth, problem)]
     else:
         problems = [(problem, problem)]

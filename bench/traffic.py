@@ -352,6 +352,11 @@ def _space_to_depth(a: Arguments) -> Traffic:
     return Traffic(read, written, read + written)
 
 
+def _widen(a: Arguments) -> Traffic:
+    read, written = a["x"].numel() * _itemsize(a["x"]), a["y"].numel() * _itemsize(a["y"])
+    return Traffic(read, written, read + written)
+
+
 def _in_runs(a: Arguments) -> tuple[int, int]:
     """Pixels of x that the runs of all outputs load, and those that some run reaches."""
     rows = (a["P"], a["R"], a["STRIDE_H"], a["pad_h"], a["DIL_H"], a["H"])
@@ -426,6 +431,7 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "across_columns": _norm,
     "space_to_depth": _space_to_depth,
     "depth_to_space": _each_once("y", out="dw"),
+    "widen": _widen,
     "fprop_runs": _fprop_runs,
     "wgrad_runs": _wgrad_runs,
     "filters_to_runs": _filters_to_runs,

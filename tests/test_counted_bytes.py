@@ -130,6 +130,7 @@ def test_wgrad_gather(problem):
 RUNS = {
     "7x7 s2": Conv2dProblem(N=2, C=3, H=15, W=16, K=24, R=7, S=7, stride=(2, 2), padding=((3, 3), (3, 3))),
     "11x11 s4": Conv2dProblem(N=2, C=3, H=21, W=20, K=20, R=11, S=11, stride=(4, 4), padding=((2, 2), (2, 2))),
+    "unaligned": Conv2dProblem(N=1, C=3, H=15, W=19, K=16, R=5, S=5, stride=(4, 4), padding=((2, 2), (1, 1))),
     "s3 s2, rows dilated": Conv2dProblem(N=1, C=1, H=19, W=18, K=16, R=3, S=5, stride=(3, 2), dilation=(2, 1)),
 }
 
@@ -149,7 +150,7 @@ def test_first_layer_in_runs(problem):
 
 
 def test_first_layer_with_its_rearrangements():
-    problem = Conv2dProblem(N=2, C=3, H=19, W=23, K=16, R=5, S=5, stride=(4, 4), padding=((2, 2), (1, 1)))
+    problem = Conv2dProblem(N=2, C=3, H=19, W=23, K=16, R=5, S=5, stride=(3, 3), padding=((2, 2), (1, 1)))
     x, w, bias, y = tensors(problem)
     launches = [
         *conv.plan_fprop(problem, x.contiguous(), w, bias, y, gpu=GPU), *conv.plan_wgrad(problem, y, x, w, gpu=GPU)
