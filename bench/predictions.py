@@ -12,7 +12,8 @@ from .problems import bytes_least, conv_problem
 from .traffic import traffic
 from .traffic_base import Traffic
 
-PRODUCTS = ("fprop_box", "fprop_gather", "wgrad_box", "wgrad_gather")
+PRODUCTS = ("fprop_box", "fprop_gather", "fprop_runs", "wgrad_box", "wgrad_gather", "wgrad_runs")
+IN_RUNS = ("fprop_runs", "wgrad_runs")
 FINISHES = ("fprop_finish", "add_slices")
 NOTHING: dict[str, Any] = {
     "useful_rows": None, "useful_columns": None, "wave_efficiency": None, "bytes_read": None, "bytes_written": None,
@@ -79,14 +80,15 @@ def _together(case: Case, launches: Sequence[Any], gpu: Any) -> list[dict[str, A
 
 def _products(case: Case, launches: Sequence[Any], gpu: Any) -> dict[int, tuple[Any, int, int]]:
     """For every launch that multiplies: its prediction, the layer's operations, and its operands' bytes, once."""
-    from tileconv.kernels import cost, tiles
+    from tileconv.kernels import cost, run_tiles, tiles
 
     dtype = DTYPES[case.dtype]
     places = [i for i, launch in enumerate(launches) if launch.kernel.__name__ in PRODUCTS]
-    problems = _problems(case, gpu) if places else []
+    problems = _problems(case, [launches[place] for place in places], gpu) if places else []
     found = {}
     for place, (own, asked, pass_) in zip(places, problems, strict=True):
-        tile = tiles.choose(own, pass_, dtype, case.precision, gpu)
+        choose = run_tiles.choose_runs if launches[place].kernel.__name__ in IN_RUNS else tiles.choose
+        tile = choose(own, pass_, dtype, case.precision, gpu)
         if str(tile) != launches[place].tile:
             raise RuntimeError(f"{case}: the launch uses {launches[place].tile!r}, the model was asked about {tile}")
         prediction = cost.predict(own, pass_, tile, dtype, case.precision, gpu)
@@ -105,7 +107,7 @@ def _shared(found: dict[int, tuple[Any, int, int]], needed: int) -> dict[int, tu
     return shared
 
 
-def _problems(case: Case, gpu: Any) -> list[tuple[Any, Any, str]]:
+def _problems(case: Case, products: Sequence[Any], gpu: Any) -> list[tuple[Any, Any, str]]:
     """For every product of a case: the problem that the kernel solves, the one it stands for, and the pass it is.
 
     A transposed convolution runs the passes of the convolution that it turns.
@@ -118,6 +120,10 @@ def _problems(case: Case, gpu: Any) -> list[tuple[Any, Any, str]]:
         pass_ = "dgrad" if pass_ == "fprop" else "fprop"
     if pass_ == "dgrad":
         return [(part.problem, part.problem, pass_) for part in problem.dgrad]
+    if products[0].kernel.__name__ in IN_RUNS:
+        _, channels, _, width = products[0].arguments["x"].shape
+        flat = problem.interleaved if channels != problem.C else problem
+        return [(flat.widened(width), problem, pass_)]
     if tiles.first_layer(problem, pass_, DTYPES[case.dtype], gpu):
         return [(problem.space_to_depth, problem, pass_)]
     return [(problem, problem, pass_)]
