@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tileconv.model.shapes import shapes_command
+from tileconv.model.shapes_command import shapes_command
 from tileconv.model.train import train
 
 from .records import Record
@@ -249,3 +249,4 @@ def _later(module: str, name: str, text: str) -> None:
 
 _later("tileconv.model.look", "show", "Draw a network's filters and what its layers make of a picture.")
 _later("tileconv.model.xo", "xo", "Tell an X from an O: three filters made by hand, then three found by training.")
+_later("tileconv.bench.dense", "dense", "Compare dense evaluation with separate crops: operations, modelled time.")

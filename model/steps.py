@@ -127,7 +127,7 @@ def _functions(m: nn.Module, activation: str | None) -> tuple[str, Function, Fun
         return (
             "local_response_norm",
             lambda x: TF.local_response_norm(x, m.size, m.alpha, m.beta, m.k),
-            lambda x: _plain_norm(m, x),
+            lambda x: plain_norm(m, x),
         )
     if isinstance(m, nn.Dropout):
         return "dropout", lambda x: TF.dropout(x, m.p, m.training), lambda x: F.dropout(x, m.p, m.training)
@@ -145,7 +145,8 @@ def _plain_max_pool(m: nn.MaxPool2d, x: Tensor) -> Tensor:
     return F.max_pool2d(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
 
 
-def _plain_norm(m: nn.LocalResponseNorm, x: Tensor) -> Tensor:
+def plain_norm(m: nn.LocalResponseNorm, x: Tensor) -> Tensor:
+    """The layer on torch's kernels."""
     # On a CPU torch's average pool, which this is made of, knows no half precision.
     wide = x.float() if x.dtype.itemsize == 2 and x.device.type == "cpu" else x
     return F.local_response_norm(wide, m.size, m.alpha, m.beta, m.k).to(x.dtype)
