@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .document import Block, Facts, Figure, Heading, Paragraph, Table, to_html, to_markdown
 from .figures import draw_errors, render
+from .im2col import im2col_section
 from .records import Check, Record, Saved, Timing, replace_bytes, replace_text
 from .report_inspected import inspect_section, inspected_line, listed, modelled_line, peer_section
 
@@ -49,6 +50,8 @@ def render_report(record: Record, out: Path) -> list[Path]:
         blocks += _saved_section(record.saved)
     if record.peers:
         blocks += peer_section(record)
+    if record.im2col:
+        blocks += im2col_section(record)
     blocks += _conditions(record)
     page = out / f"{slug}.html"
     replace_text(page, to_html(title_of(record), blocks))
