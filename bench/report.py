@@ -197,9 +197,11 @@ def _worst_row(layer: str, checks: Sequence[Check], dtypes: Sequence[str]) -> tu
 
     def worst(dtype: str) -> str:
         rows = [c for c in own if c.dtype == dtype]
+        if not rows:
+            return "-"
         if any(c.error is None or c.allowed is None for c in rows):
             return "not finite" if all(not c.note for c in rows) else "failed"
-        return f"{max((_ratio(c) for c in rows), default=0.0):.2g}"
+        return f"{max(map(_ratio, rows)):.2g}"
 
     shape = "x".join(map(str, known.shape))
     return (layer, known.op, shape, *map(worst, dtypes), _verdict(all(c.passed for c in own)))

@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from .check import CHOSEN, answered
 from .networks import known
 from .records import finite
 from .workers import Progress, Task, serve
+
+if TYPE_CHECKING:
+    from tileconv.model.datasets import Images
 
 CHECKED = ("fp32", "fp16", "bf16")
 FORWARD, STEP = "forward", "training step"
@@ -72,11 +76,17 @@ def pictures(name: str, batch: int, size: int) -> tuple[Tensor, Tensor]:
         from tileconv.model.data import photographs
 
         return photographs(batch, size), torch.arange(batch) % 10
-    from tileconv.model.datasets import mnist5k
-
-    kept = mnist5k(seed=None).kept
+    kept = _digits()
     chosen = [kept[0, i * len(kept) // batch] for i in range(batch)]
     return torch.stack([x for x, _ in chosen]), torch.tensor([label for _, label in chosen])
+
+
+@cache
+def _digits() -> Images:
+    """The thousand that LeNet is not trained on; reading them takes seconds."""
+    from tileconv.model.datasets import mnist5k
+
+    return mnist5k(seed=None).kept
 
 
 def loss_of(outputs: Tensor | tuple[Tensor, ...], labels: Tensor, cross_entropy: Callable[..., Tensor]) -> Tensor:
