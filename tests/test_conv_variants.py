@@ -177,6 +177,10 @@ def test_a_fully_connected_layer_as_a_convolution_and_back() -> None:
     back = tk.conv_to_fc(conv, (3, 4, 5))
     assert torch.equal(back.weight, layer.weight) and torch.equal(back.bias, layer.bias)
     assert tk.fc_to_conv(torch.nn.Linear(60, 7, bias=False).double(), (3, 4, 5)).bias is None
+    first = tk.nn.Conv2d(3, 7, (4, 5))  # the other way round
+    again = tk.fc_to_conv(tk.conv_to_fc(first, (3, 4, 5)), (3, 4, 5))
+    assert torch.equal(again.weight, first.weight) and torch.equal(again.bias, first.bias)
+    assert torch.equal(again(x), first(x))
 
 
 @pytest.mark.parametrize(

@@ -337,6 +337,18 @@ def check_step(model: nn.Module, plain: Callable[[nn.Module, Tensor], Any], x: T
         assert error <= 2 * torch_error + 1e-6 * c.norm().item()
 
 
+@pytest.mark.parametrize("name", ["lenet", "lenet-visualiser"])
+def test_training_step_of_lenet(name: str, device: torch.device, assert_within_budget: Budget) -> None:
+    model = lively(build(name)).to(device).train()
+    assert isinstance(model, lenet.LeNet)
+
+    def plain(net: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(net, lenet.LeNet)
+        return lenet.reference_forward(net, x)
+
+    check_step(model, plain, torch.randn(3, 1, 28, 28, device=device), assert_within_budget)
+
+
 def test_training_step_of_alexnet_2012(device: torch.device, assert_within_budget: Budget) -> None:
     model = lively(AlexNet2012(10, dropout=0, width=24, hidden=64)).to(device).train()
     x = photographs(2, 227).to(device)

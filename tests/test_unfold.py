@@ -60,7 +60,7 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@DTYPES
 @pytest.mark.parametrize("settings", CONVOLUTIONS, ids=["3x3", "grouped", "same"])
 def test_conv2d_im2col_against_float64(settings: dict[str, Any], dtype: torch.dtype) -> None:
     shape = (6, 4 // settings.get("groups", 1), 3, 2)
