@@ -56,7 +56,7 @@ def steps(chain: Iterable[tuple[str, nn.Module]]) -> list[Step]:
             activated = i - 1 in taken  # only a ReLU is taken
         elif isinstance(m, nn.ReLU):
             raise ValueError(f"chain has the ReLU {name!r} behind none of Conv2d and Linear")
-        result.append(_step(name, m, activated))
+        result.append(step(name, m, activated))
     return result
 
 
@@ -82,7 +82,8 @@ def keep_channels_last(model: nn.Module) -> None:
             module.weight = nn.Parameter(module.weight.detach().to(memory_format=torch.channels_last))
 
 
-def _step(name: str, m: nn.Module, activated: bool) -> Step:
+def step(name: str, m: nn.Module, activated: bool = False) -> Step:
+    """One layer as a step, with a ReLU where `activated`: of Conv2d, Linear and MaxPool2d in the same kernel."""
     op, ours, plain = _functions(m, "relu" if activated else None)
 
     def reference(x: Tensor) -> Tensor:
