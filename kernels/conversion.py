@@ -16,15 +16,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tileconv.kernels import checks, layout, modules, modules_more
+from tileconv.kernels import checks, layout, modules, modules_conv, modules_softmax
 from tileconv.kernels.fusion import FUSED, RELUS, Fusion
 from tileconv.kernels.redirect import REDIRECTS
 
 Model = TypeVar("Model", bound=nn.Module)
 SWAPS: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
     nn.Conv2d: ("conv2d", modules.Conv2d),
-    nn.Conv1d: ("conv1d", modules_more.Conv1d),
-    nn.ConvTranspose2d: ("conv_transpose2d", modules_more.ConvTranspose2d),
+    nn.Conv1d: ("conv1d", modules_conv.Conv1d),
+    nn.ConvTranspose2d: ("conv_transpose2d", modules_conv.ConvTranspose2d),
     nn.Linear: ("linear", modules.Linear),
     nn.MaxPool2d: ("max_pool2d", modules.MaxPool2d),
     nn.MaxUnpool2d: ("max_unpool2d", modules.MaxUnpool2d),
@@ -35,11 +35,11 @@ SWAPS: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
     nn.LocalResponseNorm: ("local_response_norm", modules.LocalResponseNorm),
     nn.ReLU: ("relu", modules.ReLU),
     nn.Dropout: ("dropout", modules.Dropout),
-    nn.Softmax: ("softmax", modules_more.Softmax),
-    nn.LogSoftmax: ("log_softmax", modules_more.LogSoftmax),
-    nn.CrossEntropyLoss: ("cross_entropy", modules_more.CrossEntropyLoss),
-    nn.Unfold: ("unfold", modules_more.Unfold),
-    nn.Fold: ("fold", modules_more.Fold),
+    nn.Softmax: ("softmax", modules_softmax.Softmax),
+    nn.LogSoftmax: ("log_softmax", modules_softmax.LogSoftmax),
+    nn.CrossEntropyLoss: ("cross_entropy", modules_softmax.CrossEntropyLoss),
+    nn.Unfold: ("unfold", modules_conv.Unfold),
+    nn.Fold: ("fold", modules_conv.Fold),
 }
 """torch.nn's layers, the names of what they do, and ours: every layer of tileconv.kernels.nn that torch.nn has."""
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
