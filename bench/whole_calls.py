@@ -6,11 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tileconv.model.graph import captured
 
 from .cases import DTYPES
 from .networks import known
@@ -26,23 +28,34 @@ PASSES = (FORWARD, STEP)
 
 @dataclass(frozen=True)
 class NetworkCall:
-    """One network, provider and pass; `run()` is what is timed: the scores, or the loss before the step."""
+    """One network, provider and pass; `run()` is what is timed: the scores, or the loss before the step.
+
+    `method` "graph": the whole pass is replayed from one CUDA graph.
+    """
 
     network: str
     provider: str
     pass_: str
     run: Callable[[], Tensor]
+    method: Literal["events", "graph"] = "events"
 
 
 def network_calls(
-    name: str, batch: int, dtype: str, device: str = "cuda", *, providers: Sequence[str] = PROVIDERS
+    name: str,
+    batch: int,
+    dtype: str,
+    device: str = "cuda",
+    *,
+    providers: Sequence[str] = PROVIDERS,
+    graphs: bool = False,
 ) -> Iterator[NetworkCall]:
     """Forward and training step of a network at full size for each provider, one after the other.
 
     All have the same weights, and the same pictures channels_last. A training step is forward, loss (with GoogLeNet's
     auxiliary heads), backward and a step of SGD with momentum; dropout draws, each provider its own. Take a call, use
     it and let go of it: each owns a network, and the next one is made when asked for. torch.compile compiles in its
-    first run. Raises ValueError for an unknown name or dtype and a batch below 1.
+    first run. graphs: the forward pass also from one CUDA graph, ours and PyTorch's, which is what a latency is worth
+    at batch 1. Raises ValueError for an unknown name or dtype and a batch below 1.
     """
     from tileconv.model.chains import plain
     from tileconv.model.zoo import build, lively
@@ -64,12 +77,26 @@ def network_calls(
             called: Any = torch.compile(net) if provider == "torch.compile" else net
             run = _step(called, net, x, labels, ours=ours) if pass_ == STEP else _forward(called, x)
             yield NetworkCall(name, provider, pass_, run)
+            if graphs and pass_ == FORWARD and provider != "torch.compile":
+                yield NetworkCall(name, provider, pass_, _graph(net, x), "graph")
 
 
 def _forward(called: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
     def run() -> Tensor:
         with torch.no_grad():
             return called(x)
+
+    return run
+
+
+def _graph(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Captured in the first run, so that a network that cannot be fails where it is timed."""
+    replay: list[Callable[[Tensor], Tensor]] = []
+
+    def run() -> Tensor:
+        if not replay:
+            replay.append(captured(net, x))
+        return replay[0](x)
 
     return run
 
@@ -112,12 +139,13 @@ def network_timings(
     *,
     networks: Sequence[str] = tuple(NETWORKS),
     device: str = "cuda",
+    graphs: bool = False,
     progress: Progress | None = None,
 ) -> list[Timing]:
-    """Timing rows of whole networks. A provider whose scores are outside the budget, or that raises, gets no speed.
+    """Timing rows of whole networks; `graphs` as network_calls has it.
 
-    The scores are those of the first eight pictures. A training step is timed where the same provider's forward pass
-    was right; its loss must be finite.
+    A provider whose scores are outside the budget, or that raises, gets no speed. The scores are those of the first
+    eight pictures. A training step is timed where the same provider's forward pass was right; its loss must be finite.
     """
     rows: list[Timing] = []
     todo = [(name, dtype) for name in networks for dtype in dtypes]
@@ -125,7 +153,7 @@ def network_timings(
         with precision(dtype):
             exact, theirs = _scores(name, min(batch, 8), dtype, device)
             wrong: dict[str, str] = {}
-            for call in network_calls(name, batch, dtype, device):
+            for call in network_calls(name, batch, dtype, device, graphs=graphs):
                 rows += _timed(call, batch, dtype, exact, theirs, wrong, timer)
         if progress is not None:
             progress(done, len(todo), f"{name} {dtype}")
@@ -150,7 +178,7 @@ def _timed(
     blank = Timing(
         network=call.network, layer="network", pass_=call.pass_, batch=batch, dtype=dtype, provider=call.provider,
         memory_format="channels_last", l2="cold", p20_us=None, p50_us=None, p80_us=None, n=0, tflops=None, error=None,
-        allowed=None, passed=False,
+        allowed=None, passed=False, method=call.method,
     )  # fmt: skip
 
     def untimed(note: str) -> list[Timing]:

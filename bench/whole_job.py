@@ -36,7 +36,8 @@ def run_networks(
 
         for batch in BATCHES:
             step = progress(f"Measuring batch {batch}")
-            timings += network_timings(batch, MEASURED, timer or CudaTimer(), progress=step)
+            timer = timer or CudaTimer()
+            timings += network_timings(batch, MEASURED, timer, graphs=batch == 1, progress=step)
     record = Record(
         device=replace(device, slug=f"{device.slug}-networks"),
         versions=environment.versions(),

@@ -207,6 +207,22 @@ def test_timings_of_whole_networks(monkeypatch: pytest.MonkeyPatch, device: torc
     assert forward.tflops == pytest.approx(whole_calls.flops("lenet", 2, "forward") / 1e9)
 
 
+def test_latency_is_that_of_one_graph(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    kept: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda net: net)
+    monkeypatch.setattr(whole_calls, "captured", lambda net, x: (kept.append(net), torch.no_grad()(net))[1])
+    rows = whole_calls.network_timings(
+        1, ["fp32"], StubTimer(), networks=["lenet"], device=str(device), graphs=True
+    )  # fmt: skip
+    graphs = [row for row in rows if row.method == "graph"]
+    assert {(row.provider, row.pass_, row.l2) for row in graphs} == {
+        (provider, "forward", l2) for provider in ("tileconv", "torch") for l2 in ("cold", "warm")
+    }  # fmt: skip
+    assert all(row.passed and row.error is not None for row in graphs)
+    assert [type(net).__name__ for net in kept] == ["LeNet", "Sequential"]
+    assert not any(net.training for net in kept)
+
+
 def test_what_is_wrong_gets_no_speed(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     monkeypatch.setattr(torch, "compile", lambda net: lambda x: net(x) + 1)
     rows = whole_calls.network_timings(2, ["fp32"], StubTimer(), networks=["lenet"], device=str(device))
