@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -175,27 +175,40 @@ def checks(
     `progress(done, total, label)` is called after each. A check that raises gives a row that did not pass, with the
     error as its note. With a GPU one worker uses it; without, `jobs` workers interpret.
     """
+    return answered(
+        "tileconv.bench.check",
+        tasks(batch, dtypes),
+        blank=lambda task: _row(task, "", ()),
+        label=lambda task: f"{task['layer']} {task['dtype']} {task['formulation']}",
+        jobs=jobs,
+        progress=progress,
+    )
+
+
+def answered(
+    module: str,
+    todo: Sequence[Task],
+    *,
+    blank: Callable[[Task], dict[str, Any]],
+    label: Callable[[Task], str],
+    jobs: int,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """The rows that workers of `module` answer; `blank` is what is known of a row before it was checked."""
     import torch
 
-    todo = tasks(batch, dtypes)
     gpu = torch.cuda.is_available()
     # A worker's arithmetic is small beside the interpreter's Python, so each takes its share of the cores.
     threads = str(max(1, len(os.sched_getaffinity(0)) // max(1, jobs)))
     environment = {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
     answers = run_tasks(
-        "tileconv.bench.check",
-        todo,
-        jobs=1 if gpu else jobs,
-        environment=environment,
-        label=lambda task: f"{task['layer']} {task['dtype']} {task['formulation']}",
-        progress=progress,
-    )
-    rows = []
-    for task, answer in zip(todo, answers, strict=True):
-        lost = {"error": None, "torch_error": None, "allowed": None, "passed": False, "seconds": 0.0}
-        failure = _row(task, "", ()) | lost | {"note": answer.get("error", "")}
-        rows.append(answer.get("row", failure))
-    return rows
+        module, todo, jobs=1 if gpu else jobs, environment=environment, label=label, progress=progress
+    )  # fmt: skip
+    lost = {"error": None, "torch_error": None, "allowed": None, "passed": False, "seconds": 0.0}
+    return [
+        answer.get("row", blank(task) | lost | {"note": answer.get("error", "")})
+        for task, answer in zip(todo, answers, strict=True)
+    ]
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tileconv.model.shapes import shapes_command
+from tileconv.model.shapes_command import shapes_command
 from tileconv.model.train import train
 
 from .records import Record
@@ -78,18 +78,21 @@ def _say(console: Console, text: str) -> None:
 
 @app.command()
 def bench(
+    suite: Annotated[
+        str, typer.Option(help="alexnet: its layers one by one. networks: AlexNet, LeNet, VGG-16 and GoogLeNet whole.")
+    ] = "alexnet",
     batch: Annotated[int, typer.Option(help="Photographs in the checks; at least 2.")] = 2,
     out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("reports"),
     jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 2,
 ) -> None:
-    """Check AlexNet on photographs, inspect its kernels, on a CUDA GPU also time them, and write the report."""
+    """Check networks on real pictures, inspect AlexNet's kernels, on a CUDA GPU also time, and write the report."""
     from .job import Job, failures, run_job
     from .report import headline
 
     console = Console()
     try:
         with steps(console) as progress:
-            record, paths = run_job(Job(batch=batch, jobs=jobs), out, progress)
+            record, paths = run_job(Job(batch=batch, jobs=jobs, suite=suite), out, progress)
     except (ValueError, ImportError) as error:
         _fail(error)
     _say(console, f"\nReport: {paths[0]} (also {paths[1].name}; data: {paths[-1]})")
@@ -321,3 +324,4 @@ def _later(module: str, name: str, text: str) -> None:
 
 _later("tileconv.model.look", "show", "Draw a network's filters and what its layers make of a picture.")
 _later("tileconv.model.xo", "xo", "Tell an X from an O: three filters made by hand, then three found by training.")
+_later("tileconv.bench.dense", "dense", "Compare dense evaluation with separate crops: operations, modelled time.")

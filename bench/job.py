@@ -13,10 +13,12 @@ from typing import Any
 from . import environment
 from .cases import FORWARD, PASSES, cases
 from .check import checks
+from .im2col import im2col_rows
 from .inspect import inspect_all
 from .memory import alexnet_saved
+from .networks import known
 from .published import published_gemms
-from .records import Check, Inspection, Published, Record, Saved, Timing, from_data, save
+from .records import Check, Im2col, Inspection, Published, Record, Saved, Timing, from_data, save
 from .report import render_report
 from .timing import Timer
 from .workers import Progress
@@ -27,6 +29,7 @@ INSPECTED = {"sm_90": PASSES, "sm_80": FORWARD}
 INSPECTED_DTYPES = ("fp16",)
 MEASURED = ("fp16", "bf16", "tf32")
 BATCH_ON_GPU = 128
+SUITES = ("alexnet", "networks")
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,15 @@ class Job:
     batch: int = 2
     jobs: int = 2
     check_dtypes: Sequence[str] = CHECKED
+    suite: str = "alexnet"
     inspected: Mapping[str, Sequence[str]] = field(default_factory=lambda: INSPECTED)
     inspect_batch: int = BATCH_ON_GPU
 
     @property
     def command(self) -> str:
         """The command that runs this job; it names no path, because a record holds none."""
-        return f"tileconv bench --batch {self.batch} --jobs {self.jobs}"
+        suite = "" if self.suite == "alexnet" else f" --suite {self.suite}"
+        return f"tileconv bench{suite} --batch {self.batch} --jobs {self.jobs}"
 
 
 def require_writable(out: Path) -> None:
@@ -66,6 +71,10 @@ def run_job(
     """
     if job.batch < 2:
         raise ValueError(f"batch={job.batch} must be at least 2: with one image, mixed-up images would go unseen")
+    if known("suite", job.suite, SUITES) == "networks":
+        from .whole_job import run_networks
+
+        return run_networks(job, out, progress, timer)
     require_writable(out)
     started = datetime.now(UTC)
     clock = time.monotonic()
@@ -94,11 +103,12 @@ def run_job(
         seconds=round(time.monotonic() - clock, 1),
         machine=environment.machine(),
         command=job.command,
-        checks=_rows(Check, check_rows),
-        inspections=_rows(Inspection, inspect_rows),
+        checks=rows_of(Check, check_rows),
+        inspections=rows_of(Inspection, inspect_rows),
         timings=tuple(timings),
-        saved=_rows(Saved, alexnet_saved()),
-        published=_rows(Published, published_gemms()),
+        saved=rows_of(Saved, alexnet_saved()),
+        published=rows_of(Published, published_gemms()),
+        im2col=rows_of(Im2col, im2col_rows("alexnet", job.inspect_batch)),
     )
     data = out / "data" / f"{device.slug}.json"
     save(record, data)
@@ -122,13 +132,13 @@ def inspection_record(
         seconds=round(seconds, 1),
         machine=environment.machine(),
         command=command,
-        inspections=_rows(Inspection, rows),
-        peers=_rows(Inspection, peers),
-        published=_rows(Published, published_gemms()),
+        inspections=rows_of(Inspection, rows),
+        peers=rows_of(Inspection, peers),
+        published=rows_of(Published, published_gemms()),
     )
 
 
-def _rows(cls: type[Any], rows: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+def rows_of(cls: type[Any], rows: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
     """Worker output, validated as strictly as a file."""
     return tuple(from_data(cls, row, f"{cls.__name__.lower()}[{i}]") for i, row in enumerate(rows))
 

@@ -70,7 +70,7 @@ def network_layers(network: str, batch: int | None = None, size: int | None = No
 @cache
 def zoo_layers(network: str, batch: int | None, size: int | None = None, **arguments: Any) -> tuple[Shape, ...]:
     """The layers of a network of tileconv.model, without its dropouts; 128 images unless told otherwise."""
-    from tileconv.model import shapes
+    from tileconv.model import chains, shapes
 
     extent = size or shapes.SIZES[network]
     if network == "googlenet":
@@ -78,8 +78,8 @@ def zoo_layers(network: str, batch: int | None, size: int | None = None, **argum
     if network == "alexnet-2012" and size is not None:
         arguments = arguments | {"size": size}
     model = shapes.network(network, **arguments)
-    images = (batch or 128, shapes.channels_of(model), extent, extent)
-    return chain_layers(shapes.layers_of(model, images), images)
+    images = (batch or 128, chains.channels_of(model), extent, extent)
+    return chain_layers(chains.chain(model, images), images)
 
 
 def chain_layers(chain: Iterable[tuple[str, nn.Module]], images: tuple[int, ...]) -> tuple[Shape, ...]:

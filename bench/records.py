@@ -174,6 +174,29 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Im2col:
+    """A convolution the textbook way, as a baseline: unfold into a matrix of patches, then one product.
+
+    `rows` x `columns` is one image's matrix, `extra_bytes` that of all images: memory beside the operands, which the
+    direct way does not take. `operand_bytes` are input, filters and output. The times are modelled for the GPU named,
+    never measured: unfolding, the product over the matrix, and the same layer without it.
+    """
+
+    network: str
+    layer: str
+    batch: int
+    dtype: str
+    gpu: str
+    rows: int
+    columns: int
+    extra_bytes: int
+    operand_bytes: int
+    unfold_us: float
+    product_us: float
+    direct_us: float
+
+
+@dataclass(frozen=True)
 class Timing:
     """One measured case on a GPU; the quantiles are None where the row has no speed (wrong, or out of memory).
 
@@ -239,6 +262,7 @@ class Record:
     timings: tuple[Timing, ...] = ()
     saved: tuple[Saved, ...] = ()
     published: tuple[Published, ...] = ()
+    im2col: tuple[Im2col, ...] = ()
     schema: int = field(default=SCHEMA)
 
     def __post_init__(self) -> None:

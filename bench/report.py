@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .document import Block, Facts, Figure, Heading, Paragraph, Table, Word, listed, to_html, to_markdown
 from .figures import Draw, draw_errors, render
+from .im2col import im2col_section
 from .pictures import speed_pictures
 from .records import Check, Record, Saved, replace_bytes, replace_text
 from .report_inspected import inspect_section, peer_section
@@ -57,6 +58,8 @@ def render_report(record: Record, out: Path) -> list[Path]:
         blocks += _saved_section(record.saved)
     if record.peers:
         blocks += peer_section(record)
+    if record.im2col:
+        blocks += im2col_section(record)
     blocks += _conditions(record)
     page = out / f"{slug}.html"
     replace_text(page, to_html(title_of(record), blocks))
@@ -115,9 +118,11 @@ def _worst_row(layer: str, checks: Sequence[Check], dtypes: Sequence[str]) -> tu
 
     def worst(dtype: str) -> str:
         rows = [c for c in own if c.dtype == dtype]
+        if not rows:
+            return "-"
         if any(c.error is None or c.allowed is None for c in rows):
             return "not finite" if all(not c.note for c in rows) else "failed"
-        return f"{max((_ratio(c) for c in rows), default=0.0):.2g}"
+        return f"{max(map(_ratio, rows)):.2g}"
 
     shape = "x".join(map(str, known.shape))
     return (layer, known.op, shape, *map(worst, dtypes), _verdict(all(c.passed for c in own)))

@@ -78,7 +78,7 @@ def _convnet_benchmarks(batch: int | None) -> tuple[Shape, ...]:
     """
     from torch import device, nn
 
-    from tileconv.model import shapes
+    from tileconv.model import chains, shapes
     from tileconv.model.googlenet import Inception
     from tileconv.model.vgg import VGG, chain
 
@@ -98,7 +98,7 @@ def _convnet_benchmarks(batch: int | None) -> tuple[Shape, ...]:
         *_named("alexnet", zoo_layers("alexnet", many), skip=("avgpool",)),
         *_named("overfeat", chain_layers(overfeat, (many, 3, 231, 231))),
         *_named("vgg-a", chain_layers(chain(vgg), (few, 3, 224, 224)), skip=("avgpool",)),
-        *_named("googlenet", chain_layers(shapes.layers_of(googlenet, pictures), pictures)),
+        *_named("googlenet", chain_layers(chains.chain(googlenet, pictures), pictures)),
         *(row.at(many) for row in suite_rows.SINGLE_LAYERS),
     )
 
@@ -108,13 +108,13 @@ def _latency(batch: int | None) -> tuple[Shape, ...]:
 
 
 def _networks(batch: int | None) -> tuple[Shape, ...]:
-    from tileconv.model import shapes
+    from tileconv.model import chains, shapes
 
     found = []
     for name, own in suite_rows.NETWORKS.items():
         model = shapes.network(name)
         size = shapes.SIZES[name]
-        found.append(Shape(name, "network", model, (batch or own, shapes.channels_of(model), size, size), None))
+        found.append(Shape(name, "network", model, (batch or own, chains.channels_of(model), size, size), None))
     return tuple(found)
 
 

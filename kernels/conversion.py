@@ -16,19 +16,33 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tileconv.kernels import checks, layout, modules
+from tileconv.kernels import checks, layout, modules, modules_conv, modules_softmax
 from tileconv.kernels.fusion import FUSED, RELUS, Fusion
 from tileconv.kernels.redirect import REDIRECTS
 
 Model = TypeVar("Model", bound=nn.Module)
 SWAPS: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
     nn.Conv2d: ("conv2d", modules.Conv2d),
+    nn.Conv1d: ("conv1d", modules_conv.Conv1d),
+    nn.ConvTranspose2d: ("conv_transpose2d", modules_conv.ConvTranspose2d),
     nn.Linear: ("linear", modules.Linear),
     nn.MaxPool2d: ("max_pool2d", modules.MaxPool2d),
-    nn.ReLU: ("relu", modules.ReLU),
+    nn.MaxUnpool2d: ("max_unpool2d", modules.MaxUnpool2d),
+    nn.AdaptiveMaxPool2d: ("adaptive_max_pool2d", modules.AdaptiveMaxPool2d),
+    nn.AvgPool2d: ("avg_pool2d", modules.AvgPool2d),
+    nn.LPPool2d: ("lp_pool2d", modules.LPPool2d),
     nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", modules.AdaptiveAvgPool2d),
+    nn.LocalResponseNorm: ("local_response_norm", modules.LocalResponseNorm),
+    nn.ReLU: ("relu", modules.ReLU),
     nn.Dropout: ("dropout", modules.Dropout),
+    nn.Softmax: ("softmax", modules_softmax.Softmax),
+    nn.LogSoftmax: ("log_softmax", modules_softmax.LogSoftmax),
+    nn.CrossEntropyLoss: ("cross_entropy", modules_softmax.CrossEntropyLoss),
+    nn.Unfold: ("unfold", modules_conv.Unfold),
+    nn.Fold: ("fold", modules_conv.Fold),
 }
+"""torch.nn's layers, the names of what they do, and ours: every layer of tileconv.kernels.nn that torch.nn has."""
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 OURS = (*(ours for _, ours in SWAPS.values()), modules.ConvReLU2d, modules.LinearReLU, modules.FusedReLU)
 OPS = (*(op for op, _ in SWAPS.values()), "fuse")
 ORIGIN = "_tileconv_origin"  # in the __dict__ of a converted module, and so in its copies and pickles
@@ -56,8 +70,8 @@ def convert(
     channels_last, and with them by PyTorch's rule the activations: a model that flattens these with `view` must say
     `flatten` or `reshape`, as for model.to(memory_format=torch.channels_last).
 
-    ops: what to do, of "conv2d", "linear", "max_pool2d", "relu", "adaptive_avg_pool2d", "dropout" and "fuse"; None is
-    all.  "fuse" makes one kernel of a Conv2d or Linear and the ReLU module, in place or not, that alone reads its
+    ops: what to do, of the functions' names in `OPS` ("conv2d", "linear", "max_pool2d", "relu", ...) and "fuse"; None
+    is all.  "fuse" makes one kernel of a Conv2d or Linear and the ReLU module, in place or not, that alone reads its
     output; an Identity takes the ReLU's place.  The pairs come from torch.fx's symbolic trace of the model or, where
     it does not trace, of its parts, each of which is then taken to call its layers alone.  Layers with hooks are not
     fused.
@@ -137,9 +151,11 @@ def _refusal(module: nn.Module) -> str | None:
         return f"tileconv has no kernel for {kind.__name__}"
     if "forward" in module.__dict__:
         return "its forward was replaced on the object"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode != "zeros":
         return f"padding_mode is {module.padding_mode!r}: only 'zeros' has a kernel"
-    if isinstance(module, nn.Conv2d | nn.Linear):
+    if isinstance(module, nn.Softmax | nn.LogSoftmax) and module.dim is None:
+        return "its dim is None: PyTorch's guess of one is deprecated, and not made here"
+    if isinstance(module, WEIGHTED):
         weight = module.weight
         if weight.dtype not in checks.FLOATING:
             return f"its weight is {weight.dtype}: kernels are for {', '.join(map(str, checks.FLOATING))}"

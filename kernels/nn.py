@@ -16,16 +16,8 @@ from tileconv.kernels.modules import (
     MaxUnpool2d,
     ReLU,
 )
-from tileconv.kernels.modules_more import (
-    Conv1d,
-    ConvTranspose2d,
-    CrossEntropyLoss,
-    Fold,
-    LocallyConnected2d,
-    LogSoftmax,
-    Softmax,
-    Unfold,
-)
+from tileconv.kernels.modules_conv import Conv1d, ConvTranspose2d, Fold, LocallyConnected2d, Unfold
+from tileconv.kernels.modules_softmax import CrossEntropyLoss, LogSoftmax, Softmax
 
 __all__ = [
     "AdaptiveAvgPool2d",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from tileconv.model.alexnet import AlexNet
+from tileconv.model.steps import keep_channels_last
 
 
 class AlexNetMini(AlexNet):
@@ -46,9 +46,7 @@ class AlexNetMini(AlexNet):
             nn.Linear(256, num_classes),
         )
         self.reset_parameters()
-        for module in self.features:
-            if isinstance(module, nn.Conv2d):
-                module.weight = nn.Parameter(module.weight.detach().to(memory_format=torch.channels_last))
+        keep_channels_last(self)
 
     def reset_parameters(self) -> None:
         """AlexNet's weights (He et al.), but biases of zero and a last layer so small that training starts calmly."""

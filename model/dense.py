@@ -17,25 +17,25 @@ When the scores are those of the crops:
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tileconv.kernels.exchange import fc_to_conv
-from tileconv.kernels.geometry import Conv2dProblem
-from tileconv.model import alexnet2012, googlenet, lenet, vgg
-from tileconv.model.alexnet import AlexNet
+from tileconv.model import googlenet, lenet
 from tileconv.model.alexnet2012 import AlexNet2012
-from tileconv.model.alexnet_mini import AlexNetMini
+from tileconv.model.chains import NETWORKS, chain, channels_of, size_of
 from tileconv.model.googlenet import GoogLeNet
 from tileconv.model.lenet import LeNet
+from tileconv.model.shapes import Row, shapes, totals
 from tileconv.model.steps import Chain, Step, run, run_reference, steps
-from tileconv.model.vgg import VGG
+
+ENDS = (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear)
+"""What comes behind the maps."""
 
 
 class DenseNetwork(nn.Module):
@@ -46,24 +46,35 @@ class DenseNetwork(nn.Module):
     copies of its fully connected layers; dropouts are left out.
     """
 
-    def __init__(self, size: int, window: Chain, body: Chain, head: Chain) -> None:
-        """window: layers in order that a pixel's way through the body goes, named; `body` itself for a plain chain."""
+    def __init__(self, size: int, body: Chain, head: Chain) -> None:
         super().__init__()
-        way = [*window, *((name, m) for name, m in head if not isinstance(m, nn.ReLU))]
         self.size = size
-        self.padded = tuple(name for name, m in way if _pads(m))
-        """Layers that see zeros at a crop's edge and the neighbouring pixels in a larger picture."""
-        self.stride, self.receptive_field, self.before = _sight(m for _, m in way)
-        """Pixels from one score to the next; rows (and columns) that a score sees; and how many of them lie before
-        the first row of its crop: score i sees stride * i - before and the receptive_field - 1 rows after that."""
         self.names = [name for name, _ in (*body, *head)]
         self.layers = nn.ModuleList(m for _, m in (*body, *head))
+        self.padded = tuple(f"{name}.{part}".rstrip(".") for name, m in self.chain
+                            for part, inside in m.named_modules() if _pads(inside))  # fmt: skip
+        """Layers that see zeros at a crop's edge and the neighbouring pixels in a larger picture."""
+        last = self.rows(size, size)[-1]
+        self.stride, self.receptive_field, self.before = last.jump[0], last.receptive_field[0], last.before[0]
+        """Pixels from one score to the next; rows (and columns) that a score sees; and how many of them lie before
+        the first row of its crop: score i sees stride * i - before and the receptive_field - 1 rows after that."""
+
+    @property
+    def chain(self) -> Chain:
+        """The layers by name, in order; GoogLeNet's spelled out."""
+        (name, first), *rest = zip(self.names, self.layers, strict=True)
+        return [*_body(chain(first, ())), *rest] if isinstance(first, GoogLeNet) else [(name, first), *rest]
 
     @property
     def steps(self) -> list[Step]:
         """The network's steps in order: forward() is their composition."""
-        chain = list(zip(self.names, self.layers, strict=True))
-        return [*_features(chain[:1]), *steps(chain[1:])] if isinstance(chain[0][1], GoogLeNet) else steps(chain)
+        layers = list(zip(self.names, self.layers, strict=True))
+        first = layers[0][1]
+        return [_features(first), *steps(layers[1:])] if isinstance(first, GoogLeNet) else steps(layers)
+
+    def rows(self, height: int, width: int, batch: int = 1) -> list[Row]:
+        """What every layer makes, sees and costs, for pictures of height x width."""
+        return shapes(self.chain, (batch, channels_of(self), height, width))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or min(x.shape[2:]) < self.size:
@@ -86,13 +97,13 @@ def dense(model: nn.Module, size: int | None = None) -> DenseNetwork:
     """
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ValueError(f"size is {size!r}: allowed are positive ints and None")
-    size, window, body, fc = _parts(model, size)
-    first = next(m for _, m in window if isinstance(m, nn.Conv2d))
-    picture = torch.empty(1, first.in_channels, size, size, device="meta", dtype=first.weight.dtype)
-    extent = run_reference(_features(body) if isinstance(model, GoogLeNet) else steps(body), picture).shape[2]
+    size = _crop(model, size)
+    layers = chain(model, (1, channels_of(model), size, size))
+    body = _body(layers)
+    extent = shapes(body, (1, channels_of(model), size, size))[-1].shape[2]
     head: Chain = []
     dilation = 1
-    for name, m in fc:
+    for name, m in layers[len(body) :]:
         if isinstance(m, nn.AdaptiveAvgPool2d):
             wanted = _first(m.output_size)
             average, dilation = _even_windows(extent, wanted, size)
@@ -104,7 +115,7 @@ def dense(model: nn.Module, size: int | None = None) -> DenseNetwork:
             dilation, extent = 1, 1
         elif isinstance(m, nn.ReLU):
             head.append((name, m))
-    return DenseNetwork(size, window, body, head)
+    return DenseNetwork(size, [("features", model)] if isinstance(model, GoogLeNet) else body, head)
 
 
 def crops(x: Tensor, size: int, stride: int) -> Tensor:
@@ -127,94 +138,30 @@ def flops(network: DenseNetwork, height: int, width: int) -> tuple[int, int]:
     Those of convolutions and fully connected layers, taps in the padding included. A crop on its own costs what the
     dense network does on a picture of a crop's size.
     """
-    whole, scores = _counted(network, height, width)
-    one, _ = _counted(network, network.size, network.size)
-    return whole, one * scores
+    whole, one = network.rows(height, width), network.rows(network.size, network.size)
+    return totals(whole).flops, totals(one).flops * math.prod(whole[-1].shape[2:])
 
 
-class _Count(TorchFunctionMode):
-    """Adds up the operations of the convolutions that are called."""
-
-    total = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.conv2d:
-            x, w, _, stride, padding, dilation, groups = args
-            (n, c, h, width), (k, _, r, s) = x.shape, w.shape
-            sides = (padding[0], padding[0]), (padding[1], padding[1])
-            problem = Conv2dProblem(n, c, h, width, k, r, s, tuple(stride), sides, tuple(dilation), groups)
-            assert result.shape == problem.y_shape
-            self.total += problem.flops
-        return result
-
-
-def _counted(network: DenseNetwork, height: int, width: int) -> tuple[int, int]:
-    """Operations and scores, from torch's kernels on tensors without values."""
-    first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
-    x = torch.empty(1, first.in_channels, height, width, device="meta", dtype=first.weight.dtype)
-    with _Count() as count:
-        scores = network.reference(x)
-    return count.total, scores.shape[2] * scores.shape[3]
-
-
-def _parts(model: nn.Module, size: int | None) -> tuple[int, Chain, Chain, Chain]:
-    """Size, what gives the maps their stride and sight, the layers up to the maps, and those behind."""
-    if isinstance(model, GoogLeNet):
-        fc: Chain = [("avgpool", model.avgpool), ("fc", model.fc)]
-        return size or 224, _googlenet_window(model), [("features", model)], fc
-    if isinstance(model, LeNet):
-        size = size or 32
-        chain = _lenet_chain(model, size)
-    elif isinstance(model, AlexNet2012):
-        if size not in (None, model.size):
-            raise ValueError(f"size is {size}: the model takes {model.size}")
-        size, chain = model.size, alexnet2012.chain(model)
-    elif isinstance(model, VGG):
-        size, chain = size or 224, vgg.chain(model)
-    elif isinstance(model, AlexNet):
-        size = size or (28 if isinstance(model, AlexNetMini) else 224)
-        places = [(f"features.{i}", m) for i, m in enumerate(model.features)]
-        chain = [*places, ("avgpool", model.avgpool)]
-        chain += [(f"classifier.{i}", m) for i, m in enumerate(model.classifier)]
-    else:
+def _crop(model: nn.Module, size: int | None) -> int:
+    """The extent of a crop: the one asked for, if the model takes it, or the model's own."""
+    if not isinstance(model, NETWORKS):
         raise TypeError(f"model is a {type(model).__name__}: allowed are the classifiers of tileconv.model")
-    end = next(i for i, (_, m) in enumerate(chain) if isinstance(m, nn.AdaptiveAvgPool2d | nn.Flatten | nn.Linear))
-    window: Chain = [(name, m) for name, m in chain[:end] if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
-    return size, window, chain[:end], chain[end:]
-
-
-def _features(chain: Chain) -> list[Step]:
-    """GoogLeNet up to its maps, as one step."""
-    ((name, model),) = chain
-    assert isinstance(model, GoogLeNet)
-    return [Step(name, name, model, model.features, lambda x: googlenet.reference_features(model, x)[2])]
-
-
-def _lenet_chain(model: LeNet, size: int) -> Chain:
-    if size not in lenet.SIZES:
+    own = size_of(model)
+    if isinstance(model, AlexNet2012) and size not in (None, own):
+        raise ValueError(f"size is {size}: the model takes {own}")
+    if isinstance(model, LeNet) and size is not None and size not in lenet.SIZES:
         raise ValueError(f"size is {size}: allowed are {', '.join(map(str, lenet.SIZES))}")
-    first = copy.copy(model.conv1)  # the same parameters, another padding
-    first.padding = (lenet.SIZES[size], lenet.SIZES[size])
-    parts: Chain = [("conv1", first), ("relu", nn.ReLU()), ("pool1", nn.MaxPool2d(2))]
-    parts += [("conv2", model.conv2), ("relu", nn.ReLU()), ("pool2", nn.MaxPool2d(2)), ("flatten", nn.Flatten())]
-    parts += [("fc1", model.fc1), ("relu", nn.ReLU()), ("fc2", model.fc2), ("relu", nn.ReLU()), ("fc3", model.fc3)]
-    return parts
+    return own if size is None else size
 
 
-def _googlenet_window(model: GoogLeNet) -> Chain:
-    """Along the branches that see farthest; those with 1x1 filters change no extent."""
-    window: Chain = []
-    for name, m in model.named_children():
-        if isinstance(m, googlenet.Inception):
-            last = m.branch2[1]
-            assert isinstance(last, googlenet.BasicConv2d)
-            window.append((f"{name}.branch2.1.conv", last.conv))
-        elif isinstance(m, googlenet.BasicConv2d):
-            window.append((f"{name}.conv", m.conv))
-        elif isinstance(m, nn.MaxPool2d):
-            window.append((name, m))
-    return window
+def _features(model: GoogLeNet) -> Step:
+    """GoogLeNet up to its maps, as one step: its ReLUs join pools across modules."""
+    return Step("features", "features", model, model.features, lambda x: googlenet.reference_features(model, x)[2])
+
+
+def _body(layers: Chain) -> Chain:
+    """The layers before the fully connected ones."""
+    return layers[: next(i for i, (_, m) in enumerate(layers) if isinstance(m, ENDS))]
 
 
 def _convolution(linear: nn.Linear, channels: int, extent: int, dilation: int) -> nn.Conv2d:
@@ -245,18 +192,6 @@ def _pads(m: nn.Module) -> bool:
     if isinstance(m, nn.Conv2d):
         return any(int(pad) for pad in m.padding)
     return isinstance(m, nn.MaxPool2d) and (m.ceil_mode or _first(m.padding) > 0)
-
-
-def _sight(window: Iterable[nn.Module]) -> tuple[int, int, int]:
-    """Stride, receptive field and padding before of all layers together, in pixels of the picture."""
-    stride, field, before = 1, 1, 0
-    for m in window:
-        assert isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
-        spread = 1 if isinstance(m, nn.AvgPool2d) else _first(m.dilation)
-        field += (_first(m.kernel_size) - 1) * spread * stride
-        before += _first(m.padding) * stride
-        stride *= _first(m.stride)
-    return stride, field, before
 
 
 def _first(value: Any) -> int:

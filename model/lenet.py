@@ -6,11 +6,11 @@ and sub-sampling, a linear output instead of radial basis functions. Every layer
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tileconv.kernels import functional as TF
+from tileconv.model.steps import keep_channels_last
 
 SIZES = {28: 2, 32: 0}
 """Allowed extents of a picture -> padding of the first convolution; both give 28x28 maps, so the weights fit both."""
@@ -44,8 +44,7 @@ class LeNet(nn.Module):
         nn.init.normal_(
             self.fc3.weight, std=0.01
         )  # an untrained network is sure of nothing: its loss is log(num_classes)
-        for conv in (self.conv1, self.conv2):
-            conv.weight = nn.Parameter(conv.weight.detach().to(memory_format=torch.channels_last))
+        keep_channels_last(self)
 
     def forward(self, x: Tensor) -> Tensor:
         # ReLU and maximum commute. Inside the pool the ReLU costs no pass of its own, and backward keeps no activation.

@@ -27,21 +27,21 @@ def stages(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
 
     Dropout is left out. Raises TypeError for a model that is none of tileconv.model's.
     """
+    from tileconv.model.chains import chain
     from tileconv.model.googlenet import BasicConv2d, GoogLeNet
-    from tileconv.model.shapes import layers_of
     from tileconv.model.steps import run, steps
 
-    chain = [(name, m) for name, m in layers_of(model, x.shape) if not isinstance(m, nn.Dropout)]
+    layers = [(name, m) for name, m in chain(model, x.shape) if not isinstance(m, nn.Dropout)]
     x = model.normalised(x) if isinstance(model, GoogLeNet) else x
     plain = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.LocalResponseNorm, nn.Flatten)
     result: list[tuple[str, nn.Module, Tensor]] = []
-    for i, (name, m) in enumerate(chain):
+    for i, (name, m) in enumerate(layers):
         if isinstance(m, nn.ReLU):
             continue
         if isinstance(m, plain):
-            activated = isinstance(chain[min(i + 1, len(chain) - 1)][1], nn.ReLU)
+            activated = isinstance(layers[min(i + 1, len(layers) - 1)][1], nn.ReLU)
             x = x.flatten(1) if isinstance(m, nn.Linear) else x
-            x = run(steps(chain[i : i + 2] if activated else chain[i : i + 1]), x)
+            x = run(steps(layers[i : i + 2] if activated else layers[i : i + 1]), x)
         else:
             x = m(x)  # an inception module, or a convolution with batch normalisation: on our kernels already
         if not isinstance(m, nn.Flatten):
@@ -322,8 +322,9 @@ def show(
     ] = None,
 ) -> None:
     """Draw a network's filters and what its layers make of a picture."""
+    from tileconv.model.chains import channels_of
     from tileconv.model.curve import write
-    from tileconv.model.shapes import SIZES, channels_of, shapes
+    from tileconv.model.shapes import SIZES, shapes
 
     try:
         if gallery_in is not None:

@@ -56,7 +56,7 @@ def steps(chain: Iterable[tuple[str, nn.Module]]) -> list[Step]:
             activated = i - 1 in taken  # only a ReLU is taken
         elif isinstance(m, nn.ReLU):
             raise ValueError(f"chain has the ReLU {name!r} behind none of Conv2d and Linear")
-        result.append(_step(name, m, activated))
+        result.append(step(name, m, activated))
     return result
 
 
@@ -82,7 +82,8 @@ def keep_channels_last(model: nn.Module) -> None:
             module.weight = nn.Parameter(module.weight.detach().to(memory_format=torch.channels_last))
 
 
-def _step(name: str, m: nn.Module, activated: bool) -> Step:
+def step(name: str, m: nn.Module, activated: bool = False) -> Step:
+    """One layer as a step, with a ReLU where `activated`: of Conv2d, Linear and MaxPool2d in the same kernel."""
     op, ours, plain = _functions(m, "relu" if activated else None)
 
     def reference(x: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def _functions(m: nn.Module, activation: str | None) -> tuple[str, Function, Fun
         return (
             "local_response_norm",
             lambda x: TF.local_response_norm(x, m.size, m.alpha, m.beta, m.k),
-            lambda x: _plain_norm(m, x),
+            lambda x: plain_norm(m, x),
         )
     if isinstance(m, nn.Dropout):
         return "dropout", lambda x: TF.dropout(x, m.p, m.training), lambda x: F.dropout(x, m.p, m.training)
@@ -145,7 +146,8 @@ def _plain_max_pool(m: nn.MaxPool2d, x: Tensor) -> Tensor:
     return F.max_pool2d(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
 
 
-def _plain_norm(m: nn.LocalResponseNorm, x: Tensor) -> Tensor:
+def plain_norm(m: nn.LocalResponseNorm, x: Tensor) -> Tensor:
+    """The layer on torch's kernels."""
     # On a CPU torch's average pool, which this is made of, knows no half precision.
     wide = x.float() if x.dtype.itemsize == 2 and x.device.type == "cpu" else x
     return F.local_response_norm(wide, m.size, m.alpha, m.beta, m.k).to(x.dtype)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from tileconv.model.alexnet_mini import AlexNetMini
 from tileconv.model.googlenet import GoogLeNet
 from tileconv.model.lenet import LeNet
 from tileconv.model.vgg import vgg16
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class VisualisedLeNet(LeNet):
@@ -58,3 +61,24 @@ def build(name: str, *, seed: int = 0, **arguments: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NETWORKS[name](**arguments)
+
+
+def lively(model: M, seed: int = 0) -> M:
+    """Draw parameters under which the answer depends on the picture, in place; returns `model`, evaluating.
+
+    The published ones shrink a signal from layer to layer until training has begun: comparing two such answers would
+    compare little more than biases. Depends on `seed` alone; torch's own random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                nn.init.normal_(m.weight, std=math.sqrt(2 / m.weight[0].numel()))
+                if m.bias is not None:
+                    nn.init.normal_(m.bias, std=0.1)
+            elif isinstance(m, nn.BatchNorm2d):
+                for values, low, high in ((m.running_mean, -0.2, 0.2), (m.running_var, 0.5, 1.5), (m.weight, 0.8, 1.2)):
+                    assert values is not None
+                    nn.init.uniform_(values, low, high)
+                nn.init.normal_(m.bias, std=0.1)
+    return model.eval()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor
 
 import tileconv.kernels as tk
 from tileconv.bench.inspect import COMPILING
-from tileconv.kernels import reference
+from tileconv.kernels import device, reference
 from tileconv.kernels.interpreter import bounds_check
 
 MEMORY_FORMATS = pytest.mark.parametrize(
@@ -218,6 +220,32 @@ def test_gradcheck_and_gradgradcheck(pool: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(pool, (x,), fast_mode=True)
     assert torch.autograd.gradgradcheck(pool, (x,), fast_mode=True)
+
+
+BACKWARD = POOLS | {
+    "max": lambda x: tk.max_pool2d(x, 3, 1, 1),
+    "adaptive average": lambda x: tk.adaptive_avg_pool2d(x, (3, 4)),
+}
+
+
+@MEMORY_FORMATS
+@pytest.mark.parametrize("pool", BACKWARD.values(), ids=BACKWARD)
+def test_backward_repeats_to_the_bit(pool: Callable[[Tensor], Tensor], memory_format: torch.memory_format) -> None:
+    """Of overlapping windows and gradients whose sum depends on its order; and near the one in float64."""
+    x = torch.rand(1, 2, 5, 6).contiguous(memory_format=memory_format)
+    shape = pool(x).shape
+    dy = torch.randn(shape) * 10.0 ** torch.randint(-3, 4, shape)
+    first, second = (value_and_grad(pool, x, dy) for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    exact = value_and_grad(pool, x.double(), dy)[1]
+    assert reference.error(first[1], exact) <= 1e-5 * exact.abs().max().item()
+
+
+def test_no_kernel_adds_atomically() -> None:
+    """What runs in a changing order on a GPU runs in one order here, so the sources are asked."""
+    sources = sorted(Path(device.__file__).parent.glob("*.py"))
+    assert len(sources) > 5
+    assert not [path.name for path in sources if re.search(r"\batomic_\w+\(", path.read_text())]
 
 
 @pytest.mark.parametrize("pool", [POOLS[name] for name in ("average", "L2", "adaptive max")])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tileconv.kernels as tk
-from tileconv.kernels import modules_more, reference
+from tileconv.kernels import modules_conv, reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
@@ -62,7 +62,7 @@ def test_conv_transpose2d_without_batch_bias_or_images() -> None:
     x, w = torch.randn(4, 5, 6), torch.randn(4, 2, 3, 3)
     torch.testing.assert_close(tk.conv_transpose2d(x, w), F.conv_transpose2d(x, w))
     assert tk.conv_transpose2d(x[None][:0], w, stride=2).shape == (0, 2, 11, 13)
-    layer = modules_more.ConvTranspose2d(4, 2, 3, stride=2, padding=1)
+    layer = modules_conv.ConvTranspose2d(4, 2, 3, stride=2, padding=1)
     want = F.conv_transpose2d(x[None], layer.weight, layer.bias, 2, 1, 1)
     torch.testing.assert_close(layer(x[None], output_size=[10, 12]), want)
 
@@ -77,7 +77,7 @@ def test_conv1d_against_float64(settings: dict[str, Any], dtype: torch.dtype) ->
     assert_close(lambda *t: tk.conv1d(*t, **settings), lambda *t: F.conv1d(*t, **settings), operands)
     x, w, b = operands
     assert tk.conv1d(x[0], w, b, **settings).shape == F.conv1d(x[0], w, b, **settings).shape
-    layer = modules_more.Conv1d(4, 6, 3, padding=1)
+    layer = modules_conv.Conv1d(4, 6, 3, padding=1)
     torch.testing.assert_close(layer(x.float()), F.conv1d(x.float(), layer.weight, layer.bias, padding=1))
 
 
@@ -112,7 +112,7 @@ def test_filters_all_alike_make_it_a_convolution() -> None:
     x, w, b = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3), torch.randn(4)
     want = F.conv2d(x, w, b, padding=1)
     torch.testing.assert_close(tk.locally_connected2d(x, w.expand(6, 5, *w.shape), b, padding=1), want)
-    layer = modules_more.LocallyConnected2d(3, 4, (6, 5), 3, padding=1)
+    layer = modules_conv.LocallyConnected2d(3, 4, (6, 5), 3, padding=1)
     with torch.no_grad():
         layer.weight.copy_(w.expand(layer.weight.shape))
         layer.bias.copy_(b[:, None, None].expand(layer.bias.shape))
@@ -122,7 +122,7 @@ def test_filters_all_alike_make_it_a_convolution() -> None:
     assert sum(p.numel() for p in layer.parameters()) == 30 * (4 * 27 + 4)
     layer(x).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.stride() == layer.weight.stride()
-    assert modules_more.LocallyConnected2d(3, 4, 6, 3, shared_bias=True).bias.shape == (4,)
+    assert modules_conv.LocallyConnected2d(3, 4, 6, 3, shared_bias=True).bias.shape == (4,)
 
 
 def test_runs_repeat_to_the_bit() -> None:
@@ -177,6 +177,10 @@ def test_a_fully_connected_layer_as_a_convolution_and_back() -> None:
     back = tk.conv_to_fc(conv, (3, 4, 5))
     assert torch.equal(back.weight, layer.weight) and torch.equal(back.bias, layer.bias)
     assert tk.fc_to_conv(torch.nn.Linear(60, 7, bias=False).double(), (3, 4, 5)).bias is None
+    first = tk.nn.Conv2d(3, 7, (4, 5))  # the other way round
+    again = tk.fc_to_conv(tk.conv_to_fc(first, (3, 4, 5)), (3, 4, 5))
+    assert torch.equal(again.weight, first.weight) and torch.equal(again.bias, first.bias)
+    assert torch.equal(again(x), first(x))
 
 
 @pytest.mark.parametrize(

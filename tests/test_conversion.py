@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from tileconv.kernels import convert, explain, modules, revert, use_kernels
-from tileconv.kernels.conversion import OPS, Table
+import tileconv.kernels.nn
+from tileconv.kernels import convert, explain, modules, reference, revert, use_kernels
+from tileconv.kernels.conversion import OPS, SWAPS, Table
 
 
 class LeNet(nn.Module):
@@ -266,6 +267,68 @@ def test_revert_leaves_what_was_ours() -> None:
     assert model[0].precision == "ieee"
 
 
+# A layer of each kind that convert() swaps, and what it is called with.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]]] = {
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, 2, 1, groups=2), lambda: (torch.randn(2, 4, 5, 6),)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, 2, 1, 2, 2), lambda: (torch.randn(2, 4, 9),)),
+    "conv_transpose2d": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2), lambda: (torch.randn(2, 4, 3, 4),)
+    ),
+    "linear": (lambda: nn.Linear(5, 3), lambda: (torch.randn(2, 2, 5),)),
+    "max_pool2d": (lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), lambda: (torch.randn(2, 3, 6, 5),)),
+    "max_unpool2d": (
+        lambda: nn.MaxUnpool2d(2), lambda: F.max_pool2d(torch.randn(1, 3, 6, 4), 2, return_indices=True)
+    ),
+    "adaptive_max_pool2d": (lambda: nn.AdaptiveMaxPool2d((2, None)), lambda: (torch.randn(2, 3, 5, 4),)),
+    "avg_pool2d": (
+        lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), lambda: (torch.randn(2, 3, 6, 5),)
+    ),
+    "lp_pool2d": (lambda: nn.LPPool2d(2, 3, 2), lambda: (torch.randn(2, 3, 7, 5),)),
+    "adaptive_avg_pool2d": (lambda: nn.AdaptiveAvgPool2d(2), lambda: (torch.randn(2, 3, 5, 3),)),
+    "local_response_norm": (lambda: nn.LocalResponseNorm(5, 1e-2, 0.75, 2.0), lambda: (torch.randn(2, 7, 3, 2),)),
+    "relu": (lambda: nn.ReLU(), lambda: (torch.randn(3, 5),)),
+    "dropout": (lambda: nn.Dropout(0.5).eval(), lambda: (torch.randn(3, 5),)),
+    "softmax": (lambda: nn.Softmax(1), lambda: (torch.randn(3, 5),)),
+    "log_softmax": (lambda: nn.LogSoftmax(dim=-1), lambda: (torch.randn(3, 5),)),
+    "cross_entropy": (
+        lambda: nn.CrossEntropyLoss(torch.rand(5), ignore_index=2, label_smoothing=0.1),
+        lambda: (torch.randn(4, 5), torch.tensor([0, 2, 4, 1])),
+    ),
+    "unfold": (lambda: nn.Unfold(3, padding=1, stride=2), lambda: (torch.randn(2, 3, 5, 4),)),
+    "fold": (lambda: nn.Fold((4, 5), 2, stride=1), lambda: (torch.randn(2, 8, 12),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", LAYERS)
+def test_every_layer_is_swapped_and_computes_the_same(op: str, device: torch.device) -> None:
+    make, inputs = LAYERS[op]
+    layer = make().to(device)
+    twin, exact = copy.deepcopy(layer), copy.deepcopy(layer).double()
+    arguments = [a.to(device) for a in inputs()]
+    assert type(convert(layer, [op])) is SWAPS[type(twin)][1]
+    assert SWAPS[type(twin)][0] == op
+    results = []
+    for module, wide in ((layer, False), (twin, False), (exact, True)):
+        x, *rest = [a.double() if wide and a.is_floating_point() else a for a in arguments]
+        x = x.clone().requires_grad_()
+        y = module(x, *rest)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=device).reshape(y.shape))
+        results.append([y.detach(), x.grad, *(p.grad for p in module.parameters())])
+    for ours, theirs, true in zip(*results, strict=True):
+        assert reference.error(ours.cpu(), true.cpu()) <= reference.allowed_error(true.cpu(), theirs.cpu())
+    assert explain(layer)[0].where == "tileconv"
+    assert repr(revert(layer)) == repr(twin)
+    assert torch.equal(layer(*arguments), twin(*arguments))
+
+
+def test_every_layer_of_tileconv_nn_can_be_the_result_of_convert() -> None:
+    """But for those that torch.nn lacks."""
+    assert list(LAYERS) == [op for op, _ in SWAPS.values()]
+    ours = {getattr(tileconv.kernels.nn, name) for name in tileconv.kernels.nn.__all__}
+    missing = {m.__name__ for m in ours - {m for _, m in SWAPS.values()} if hasattr(nn, m.__name__)}
+    assert not missing
+
+
 # -- what is swapped ---------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +341,10 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), "its weight is torch.complex64"),
     "empty": (lambda: nn.Linear(0, 2, bias=False), r"shape (2, 0)"),
     "batch-norm": (lambda: nn.BatchNorm2d(2), "tileconv has no kernel for BatchNorm2d"),
-    "conv1d": (lambda: nn.Conv1d(2, 2, 1), "tileconv has no kernel for Conv1d"),
+    "conv3d": (lambda: nn.Conv3d(2, 2, 1), "tileconv has no kernel for Conv3d"),
+    "padding-mode-1d": (lambda: nn.Conv1d(2, 2, 3, padding=1, padding_mode="circular"), "padding_mode is 'circular'"),
+    "complex-transpose": (lambda: nn.ConvTranspose2d(2, 2, 1, dtype=torch.complex64), "its weight is torch.complex64"),
+    "softmax-guesses": (lambda: nn.Softmax(), "its dim is None"),
     "subclass": (lambda: Mine(2, 2, 1), "a subclass of torch.nn.Conv2d"),
     "lazy": (lambda: nn.LazyLinear(2), "a subclass of torch.nn.Linear"),
     "parametrized": (lambda: weight_norm(nn.Conv2d(2, 2, 1)), "a subclass of torch.nn.Conv2d"),
@@ -322,7 +388,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "model": (lambda: convert(torch.relu), TypeError, "model must be a torch.nn.Module, not builtin"),  # type: ignore[type-var]
     "revert": (lambda: revert(None), TypeError, "model must be a torch.nn.Module, not NoneType"),  # type: ignore[type-var]
     "explain": (lambda: explain(3), TypeError, "model must be a torch.nn.Module, not int"),  # type: ignore[arg-type]
-    "op": (lambda: convert(vgg(), ["conv"]), ValueError, "ops has 'conv': allowed are conv2d, linear, .*, fuse"),
+    "op": (lambda: convert(vgg(), ["conv"]), ValueError, "ops has 'conv': allowed are conv2d, .*, fuse"),
     "string": (lambda: convert(vgg(), "conv2d"), TypeError, "ops must be a collection of names, not 'conv2d'"),
     "filter": (lambda: convert(vgg(), None, True), TypeError, "filter_fn must be a function"),  # type: ignore[arg-type]
 }
@@ -477,6 +543,30 @@ CALLS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "F.max_pool2d_with_indices": (lambda x: F.max_pool2d_with_indices(x, [2, 2], [1, 1]), "max_pool2d"),
     "torch.max_pool2d": (lambda x: torch.max_pool2d(x, 2), "max_pool2d"),
     "F.adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, (2, 3)), "adaptive_avg_pool2d"),
+    "F.conv1d": (lambda x: F.conv1d(x[0], x[0, :, :, :3], padding=1), "conv1d"),
+    "F.conv_transpose2d": (lambda x: F.conv_transpose2d(x, x[:, :, :2, :2], stride=2), "conv_transpose2d"),
+    "F.avg_pool2d": (lambda x: F.avg_pool2d(x, 3, 1, 1, False, False), "avg_pool2d"),
+    "F.lp_pool2d": (lambda x: F.lp_pool2d(x, 2.0, 2), "lp_pool2d"),
+    "F.max_unpool2d": (
+        lambda x: F.max_unpool2d(x, torch.arange(0, 64, 4, device=x.device).reshape(4, 4).expand(2, 2, 4, 4), 2),
+        "max_unpool2d",
+    ),
+    "F.adaptive_max_pool2d": (lambda x: F.adaptive_max_pool2d(x, (2, 3)), "adaptive_max_pool2d"),
+    "F.adaptive_max_pool2d-indices": (lambda x: F.adaptive_max_pool2d(x, 3, True), "adaptive_max_pool2d"),
+    "F.local_response_norm": (lambda x: F.local_response_norm(x, 3, 0.1, k=2.0), "local_response_norm"),
+    "F.softmax": (lambda x: F.softmax(x, 1), "softmax"),
+    "F.softmax-dtype": (lambda x: F.softmax(x, dim=-1, dtype=torch.float64), "softmax"),
+    "torch.softmax": (lambda x: torch.softmax(x, 1, torch.float64), "softmax"),
+    "Tensor.softmax": (lambda x: x.softmax(dim=2), "softmax"),
+    "F.log_softmax": (lambda x: F.log_softmax(x, 1), "log_softmax"),
+    "torch.log_softmax": (lambda x: torch.log_softmax(x, -1), "log_softmax"),
+    "Tensor.log_softmax": (lambda x: x.log_softmax(0), "log_softmax"),
+    "F.cross_entropy": (
+        lambda x: F.cross_entropy(x[:, :, 0, 0], torch.zeros_like(x[:, 0, 0, 0]).long(), label_smoothing=0.1),
+        "cross_entropy",
+    ),
+    "F.unfold": (lambda x: F.unfold(x, 3, padding=1), "unfold"),
+    "F.fold": (lambda x: F.fold(x[0].reshape(1, 4, 8)[..., :6], (3, 4), 2), "fold"),
     "F.relu": (lambda x: F.relu(x), "relu"),
     "F.relu-inplace": (lambda x: F.relu(x.clone(), inplace=True), "relu"),
     "torch.relu": (lambda x: torch.relu(input=x), "relu"),

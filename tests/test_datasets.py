@@ -144,3 +144,12 @@ def test_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     data = image_folder(folder, 28)
     with pytest.raises(ValueError, match=r"data: b/\d\.png is not a picture"):
         data.kept[0, 1]
+
+
+def test_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "shapes")
+    for path in (folder / "b").iterdir():
+        path.write_bytes(path.read_bytes()[:-30])
+    data = image_folder(folder, 28)
+    with pytest.raises(ValueError, match=r"data: b/\d\.png is not a picture"):
+        data.kept[0, 1]

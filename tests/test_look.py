@@ -1,6 +1,7 @@
 """Pictures of filters and maps, and what is said of files that are none."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,21 @@ def test_the_command_draws_a_checkpoint(digit: Path, tmp_path: Path) -> None:
     loaded, note = look.load_model("lenet", tmp_path / "weights.pt")
     assert note == "weights of weights.pt"
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_the_gallery_is_a_page_with_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(look, "GALLERY", {"vgg16": ("rocket", 32)})
+    torch.save(build("lenet", seed=5).state_dict(), tmp_path / "weights.pt")
+    code, text = run("--gallery", tmp_path / "page", "--checkpoint", tmp_path / "weights.pt")
+    assert code == 0, text
+    page = (tmp_path / "page" / "gallery.md").read_text()
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
+    assert pictures == [f"figures/gallery-{name}.png" for name in ("lenet-3", "lenet-7", "vgg16")]
+    for file in pictures:
+        with Image.open(tmp_path / "page" / file) as picture:
+            assert min(picture.size) > 300
+            assert len(set(picture.convert("L").tobytes())) > 50  # maps, not an empty sheet
+    assert "weights of weights.pt" in page
 
 
 def test_files_that_are_no_pictures_are_named(digit: Path, tmp_path: Path) -> None:

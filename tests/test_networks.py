@@ -15,26 +15,11 @@ from tileconv.model.alexnet2012 import AlexNet2012
 from tileconv.model.data import photographs
 from tileconv.model.googlenet import INCEPTIONS, GoogLeNet, GoogLeNetOutputs, fold_batch_norm
 from tileconv.model.vgg import VGG
-from tileconv.model.zoo import NETWORKS, build
+from tileconv.model.zoo import NETWORKS, build, lively
 
 M = TypeVar("M", bound=nn.Module)
 Budget = Callable[[Tensor, Tensor, Tensor], None]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def lively(model: M) -> M:
-    """Weights under which the answer depends on the picture; the published ones shrink it until training has begun."""
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d | nn.Linear):
-            nn.init.normal_(m.weight, std=math.sqrt(2 / m.weight[0].numel()))
-            if m.bias is not None:
-                nn.init.normal_(m.bias, std=0.1)
-        elif isinstance(m, nn.BatchNorm2d):
-            for values, low, high in ((m.running_mean, -0.2, 0.2), (m.running_var, 0.5, 1.5), (m.weight, 0.8, 1.2)):
-                assert values is not None
-                nn.init.uniform_(values, low, high)
-            nn.init.normal_(m.bias, std=0.1)
-    return model.eval()
 
 
 def on_meta(name: str, **arguments: Any) -> nn.Module:
@@ -350,6 +335,18 @@ def check_step(model: nn.Module, plain: Callable[[nn.Module, Tensor], Any], x: T
     for a, b, c in zip(weights, torch_weights, exact_weights, strict=True):
         error, torch_error = ((w.detach().double() - c.detach()).norm().item() for w in (a, b))
         assert error <= 2 * torch_error + 1e-6 * c.norm().item()
+
+
+@pytest.mark.parametrize("name", ["lenet", "lenet-visualiser"])
+def test_training_step_of_lenet(name: str, device: torch.device, assert_within_budget: Budget) -> None:
+    model = lively(build(name)).to(device).train()
+    assert isinstance(model, lenet.LeNet)
+
+    def plain(net: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(net, lenet.LeNet)
+        return lenet.reference_forward(net, x)
+
+    check_step(model, plain, torch.randn(3, 1, 28, 28, device=device), assert_within_budget)
 
 
 def test_training_step_of_alexnet_2012(device: torch.device, assert_within_budget: Budget) -> None:

@@ -16,6 +16,7 @@ import tileconv.kernels as tk
 from tileconv.bench.inspect import COMPILING
 from tileconv.kernels import hardware, reference
 from tileconv.kernels.interpreter import bounds_check, count_bytes
+from tileconv.kernels.launch.common import Launch
 from tileconv.kernels.launch.norm import plan_local_response_norm
 
 CASES: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
@@ -73,6 +74,18 @@ def test_numbers_and_gradient(
         (dx, their_dx, reference.local_response_norm_backward(dy, x, *settings)),
     ):
         assert reference.error(ours, exact) <= reference.allowed_error(exact, theirs)
+
+
+@CHANNELS_LAST
+def test_one_kernel_each_way(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Launch] = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: (launched.append(launch), run(launch)))
+    x = in_format(torch.randn(2, 96, 5, 3).half(), channels_last).requires_grad_()
+    y = tk.local_response_norm(x, 5, 1e-4, 0.75, 2.0)
+    assert len(launched) == 1
+    torch.autograd.grad(y, x, torch.randn_like(y))
+    assert len(launched) == 2
 
 
 @CHANNELS_LAST

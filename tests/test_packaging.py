@@ -143,3 +143,13 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
             continue
         found += [f"{name}:{text.count(chr(10), 0, hit.start()) + 1}: {hit[0]}" for hit in MACHINE_PATH.finditer(text)]
     assert found == []
+
+
+@pytest.mark.slow
+def test_pytest_bench_measures_and_pytest_alone_does_not() -> None:
+    for folder, measures in (("bench/", True), ("tests/benchmarks", False)):
+        chosen = ("-q", "-k", "choosing_a_tile_again", "-p", "no:cacheprovider")
+        done = run(sys.executable, "-m", "pytest", folder, *chosen)
+        assert done.returncode == 0, done.stdout
+        assert "3 passed" in done.stdout
+        assert ("benchmark: 3 tests" in done.stdout) == measures

@@ -552,7 +552,9 @@ def test_job_on_a_gpu_measures_as_well(no_pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(providers, "timings", on_the_cpu)
     record, _ = job.run_job(job.Job(), tmp_path, lambda step: lambda *a: None, StubTimer())
     assert [t.l2 for t in record.timings] == ["cold", "warm"]
-    assert "Measured" in (tmp_path / "some-gpu.md").read_text()
+    assert [row.layer for row in record.im2col] == ["conv1", "conv2", "conv3", "conv4", "conv5"]
+    text = (tmp_path / "some-gpu.md").read_text()
+    assert "Measured" in text and "## Beside im2col" in text
 
 
 def test_a_wrong_result_ends_with_an_error(no_pictures, tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tileconv.model import shapes as calculator
+from tileconv.model.chains import channels_of
 from tileconv.model.shapes import network, output_size, shapes, totals
+from tileconv.model.shapes_command import shapes_command
 
 RUNNER = CliRunner()
 PARAMETERS = {
@@ -25,7 +27,7 @@ PARAMETERS = {
 def rows_of(name: str, **arguments: object) -> list[calculator.Row]:
     model = network(name, **arguments)
     size = calculator.SIZES[name]
-    return shapes(model, (2, calculator.channels_of(model), size, size))
+    return shapes(model, (2, channels_of(model), size, size))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -153,7 +155,7 @@ def run(*arguments: str) -> tuple[int, str]:
     import typer
 
     app = typer.Typer()
-    app.command()(calculator.shapes_command)
+    app.command()(shapes_command)
     result = RUNNER.invoke(app, list(arguments))
     return result.exit_code, result.output
 

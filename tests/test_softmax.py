@@ -118,6 +118,20 @@ def test_cross_entropy_of_one_sample_of_nothing_and_of_ignored_rows() -> None:
     assert tk.softmax(torch.randn(0, 6), 1).shape == (0, 6)
 
 
+@pytest.mark.parametrize("ignored", [7, -5, 1 << 40, 2])
+def test_the_ignored_class_may_be_none_of_the_classes(ignored: int) -> None:
+    x, target = torch.randn(6, 4), torch.tensor([0, ignored, 3, 1, ignored, 2])
+    for reduction in ("none", "mean", "sum"):
+        settings = {"ignore_index": ignored, "reduction": reduction, "label_smoothing": 0.1}
+        assert_close(
+            lambda x, s=settings: tk.cross_entropy(x, target, **s),
+            lambda x, s=settings: F.cross_entropy(x, target, **s),
+            [x],
+        )
+    with pytest.raises(ValueError, match="target holds the class 9: allowed are 0 to 3"):
+        tk.cross_entropy(x, torch.tensor([0, 9, 3, 1, 2, 2]), ignore_index=ignored)
+
+
 def test_a_wrong_class_is_an_error_here_and_nan_on_a_gpu() -> None:
     x = torch.randn(3, 4)
     for wrong in (4, -1, 1 << 40):
@@ -189,5 +203,12 @@ def test_topk_error() -> None:
     logits, targets = torch.randn(50, 20), torch.randint(0, 20, (50,))
     found = (logits.topk(5).indices == targets[:, None]).any(1)
     assert topk_error(logits, targets, 5).item() == pytest.approx(1 - found.double().mean().item())
-    with pytest.raises(ValueError, match="k is 21: allowed is 1 to the 20 classes"):
-        topk_error(logits, targets, 21)
+    for scores, classes, k, error, message in (
+        (logits, targets, 21, ValueError, "k is 21: allowed is 1 to the 20 classes"),
+        (logits, targets.int(), 1, TypeError, "targets torch.int32: allowed are floating point and torch.int64"),
+        (logits, targets.float(), 1, TypeError, "targets torch.float32"),
+        (logits.long(), targets, 1, TypeError, "logits have dtype torch.int64"),
+        (logits, targets[:3], 1, ValueError, r"targets \(3,\): allowed are \[N, C\] and \[N\]"),
+    ):
+        with pytest.raises(error, match=message):
+            topk_error(scores, classes, k)

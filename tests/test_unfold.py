@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tileconv.kernels as tk
-from tileconv.kernels import geometry, modules_more, reference
+from tileconv.kernels import geometry, modules_conv, reference
 from tileconv.kernels.geometry import Conv2dProblem
 
 WINDOWS = {
@@ -49,8 +49,8 @@ def test_unbatched_and_empty() -> None:
     torch.testing.assert_close(tk.fold(cols, (6, 5), 2), F.fold(cols, (6, 5), 2))
     assert tk.unfold(x[None][:0], 2).shape == (0, 12, 20)
     assert tk.fold(cols[None][:0], (6, 5), 2).shape == (0, 3, 6, 5)
-    assert torch.equal(modules_more.Unfold(2, padding=1)(x[None]), F.unfold(x[None], 2, padding=1))
-    torch.testing.assert_close(modules_more.Fold((6, 5), 2)(cols), F.fold(cols, (6, 5), 2))
+    assert torch.equal(modules_conv.Unfold(2, padding=1)(x[None]), F.unfold(x[None], 2, padding=1))
+    torch.testing.assert_close(modules_conv.Fold((6, 5), 2)(cols), F.fold(cols, (6, 5), 2))
 
 
 CONVOLUTIONS = [
@@ -60,7 +60,7 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@DTYPES
 @pytest.mark.parametrize("settings", CONVOLUTIONS, ids=["3x3", "grouped", "same"])
 def test_conv2d_im2col_against_float64(settings: dict[str, Any], dtype: torch.dtype) -> None:
     shape = (6, 4 // settings.get("groups", 1), 3, 2)

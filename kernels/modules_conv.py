@@ -1,4 +1,4 @@
-"""torch.nn's less common layers on our kernels, and one that torch.nn lacks; see modules.py."""
+"""torch.nn's less common convolutions on our kernels, unfolding, and a layer that torch.nn lacks; see modules.py."""
 
 from __future__ import annotations
 
@@ -8,28 +8,10 @@ from typing import Any
 import torch
 
 from tileconv.kernels import checks
-from tileconv.kernels.functional import (
-    conv1d,
-    conv_transpose2d,
-    cross_entropy,
-    fold,
-    locally_connected2d,
-    log_softmax,
-    softmax,
-    unfold,
-)
+from tileconv.kernels.functional import conv1d, conv_transpose2d, fold, locally_connected2d, unfold
 from tileconv.kernels.ops.local import empty_filters, local_problem
 
-for _name in (
-    "conv1d",
-    "conv_transpose2d",
-    "cross_entropy",
-    "fold",
-    "locally_connected2d",
-    "log_softmax",
-    "softmax",
-    "unfold",
-):
+for _name in ("conv1d", "conv_transpose2d", "fold", "locally_connected2d", "unfold"):
     torch.fx.wrap(_name)  # symbolic tracing records the call: the argument checks inside cannot read a proxy
 
 
@@ -111,34 +93,6 @@ class LocallyConnected2d(torch.nn.Module):
         )
 
 
-class Softmax(torch.nn.Softmax):
-    """torch.nn.Softmax, for tensors of any shape; dim has to be given."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return softmax(input, self.dim)
-
-
-class LogSoftmax(torch.nn.LogSoftmax):
-    """torch.nn.LogSoftmax, for tensors of any shape; dim has to be given."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return log_softmax(input, self.dim)
-
-
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """torch.nn.CrossEntropyLoss: logits [N, C, ...] and classes [N, ...] or probabilities [N, C, ...] -> the loss."""
-
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
-
-
 class Unfold(torch.nn.Unfold):
     """torch.nn.Unfold: [N, C, H, W] or [C, H, W] -> the patches as columns, [N, C * R * S, P * Q]."""
 
@@ -165,13 +119,4 @@ def _only_zeros(mode: str) -> None:
         raise ValueError(f"padding_mode is {mode!r}: allowed is 'zeros'; torch.nn does the others")
 
 
-__all__ = [
-    "Conv1d",
-    "ConvTranspose2d",
-    "CrossEntropyLoss",
-    "Fold",
-    "LocallyConnected2d",
-    "LogSoftmax",
-    "Softmax",
-    "Unfold",
-]
+__all__ = ["Conv1d", "ConvTranspose2d", "Fold", "LocallyConnected2d", "Unfold"]
