@@ -16,6 +16,7 @@ from tileconv.kernels.modules import (
     MaxUnpool2d,
     ReLU,
 )
+from tileconv.kernels.modules_fused import ConvReLUMaxPool2d, FusedMaxPool2d
 from tileconv.kernels.modules_more import (
     Conv1d,
     ConvTranspose2d,
@@ -34,10 +35,12 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "ConvReLU2d",
+    "ConvReLUMaxPool2d",
     "ConvTranspose2d",
     "CrossEntropyLoss",
     "Dropout",
     "Fold",
+    "FusedMaxPool2d",
     "FusedReLU",
     "LPPool2d",
     "Linear",
