@@ -23,7 +23,7 @@ def why_separate(
     problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> str | None:
     """None if a convolution and the max-pool behind it run as one kernel, else why they run as two."""
-    if reason := _why_impossible(problem, pool, dtype, precision, gpu):
+    if reason := why_impossible(problem, pool, dtype, precision, gpu):
         return reason
     if tiles.forced():
         return why_invalid(choose_pooled(problem, pool, dtype, precision, gpu), problem, pool, dtype, gpu)
@@ -47,9 +47,10 @@ def modelled_us(
     return together, apart + cost.streaming_us(pool.bytes_least(dtype.itemsize, switch=True), gpu)
 
 
-def _why_impossible(
+def why_impossible(
     problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> str | None:
+    """None if one kernel can run, whether it pays or not, else why it cannot."""
     if not gpu.has_descriptors:
         return f"one kernel needs tensor descriptors (sm_90 or newer); this is {gpu.name}"
     if dtype.itemsize > 2 and (dtype, precision) != (torch.float32, "tf32"):
@@ -139,10 +140,14 @@ def candidates(problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, 
         for box in _boxes(problem, pool, pixels):
             whole = box[1] * box[2] > 1
             # Four warps hold 16,384 sums on their way to keys (159 registers of 64 x 256), or 8,192 sums beside as many
-            # keys (149 registers, 210 in TF32); 16,384 beside their keys spill 96 times.
+            # keys (149 registers, 210 in TF32); 16,384 beside their keys spill 90 times.
             most = 16_384 if whole else 8192
+            if not whole and gpu.arch >= 120 and dtype.itemsize == 4:
+                most = 4096  # operands take registers too where tensor cores read no shared memory
             if block_k * pixels > 2 * most:
                 continue
+            if not whole and 100 <= gpu.arch < 120 and block_k * pixels == 4096:
+                continue  # spills 5 times there; larger ones do not
             warps = 4 if block_k * pixels <= most else 8
             deepest = min(4, (gpu.shared_block - 2048) // ((block_k + pixels) * 128))
             for stages in range(2, deepest + 1):
