@@ -67,9 +67,7 @@ def launch(shape: Shape, dtype: str, gpu: Any) -> Any:
     problem, pool, kind = conv_problem(shape), conv_pool_problem(shape), DTYPES[known("dtype", dtype, DTYPES)]
     x, w, y = (image(extents, kind) for extents in (problem.x_shape, problem.w_shape, pool.y_shape))
     bias, switch = torch.empty(problem.K, dtype=kind, device="meta"), image(pool.y_shape, torch.uint8)
-    return plan_conv_pool(
-        problem, pool, x, w, bias, y, switch, gpu=gpu, activation=shape.activation, precision=_precision(dtype)
-    )
+    return plan_conv_pool(problem, pool, x, w, bias, y, switch, gpu=gpu, precision=_precision(dtype))
 
 
 def _precision(dtype: str) -> str:

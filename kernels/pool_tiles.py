@@ -15,7 +15,7 @@ from tileconv.kernels.tiles import ConvTile, power_of_two
 
 
 def fuse_pool(problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
-    """Whether a convolution and the max-pool behind it run as one kernel."""
+    """Whether a convolution, its ReLU and the max-pool behind it run as one kernel."""
     return why_separate(problem, pool, dtype, precision, gpu) is None
 
 
@@ -122,7 +122,7 @@ def _interpreter_tile(problem: Conv2dProblem, pool: Pool2dProblem, formulation: 
     block_c = min(max(power_of_two(problem.group_channels), 16), 1024)
     block_k = min(max(power_of_two(problem.group_filters), 16), 256)
     most = min(4096, tiles.MAX_NUMEL // max(block_k, block_c))
-    if formulation == "pixel" or not _whole(problem, pool):
+    if formulation == "pixel" or (formulation is None and not _whole(problem, pool)):
         return ConvTile("pixel", (min(max(power_of_two(problem.N), 16), most), 1, 1), block_k, block_c)
     columns = min(power_of_two(pool.Q) * pool.kernel[1], most // pool.kernel[0])
     rows = min(power_of_two(pool.P) * pool.kernel[0], most // columns)
@@ -139,20 +139,31 @@ def candidates(problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, 
             continue
         for box in _boxes(problem, pool, pixels):
             whole = box[1] * box[2] > 1
-            # Four warps hold 16,384 sums on their way to keys (159 registers of 64 x 256), or 8,192 sums beside as many
-            # keys (149 registers, 210 in TF32); 16,384 beside their keys spill 90 times.
-            most = 16_384 if whole else 8192
-            if not whole and gpu.arch >= 120 and dtype.itemsize == 4:
-                most = 4096  # operands take registers too where tensor cores read no shared memory
-            if block_k * pixels > 2 * most:
+            warps = _warps(block_k, pixels, whole, pool, dtype, gpu)
+            if warps is None:
                 continue
-            if not whole and 100 <= gpu.arch < 120 and block_k * pixels == 4096:
-                continue  # spills 5 times there; larger ones do not
-            warps = 4 if block_k * pixels <= most else 8
             deepest = min(4, (gpu.shared_block - 2048) // ((block_k + pixels) * 128))
             for stages in range(2, deepest + 1):
                 found.append(ConvTile("box" if whole else "pixel", box, block_k, depth, warps, stages))
     return found
+
+
+def _warps(block_k: int, pixels: int, whole: bool, pool: Pool2dProblem, dtype: torch.dtype, gpu: GPU) -> int | None:
+    """How many warps hold a tile's sums and keys without spilling; None where none do.
+
+    Four hold 16,384 sums on their way to keys (168 registers of 64 x 256), or 8,192 beside as
+    many keys (145 registers, 210 in TF32).
+    """
+    most = 16_384 if whole else 8192  # 16,384 beside their keys spill 90 times
+    if whole and pool.partial and dtype.itemsize == 4:
+        most = 8192  # keys of eight bytes, some left out: 20 times
+    if not whole and gpu.arch >= 120 and dtype.itemsize == 4:
+        most = 4096  # operands take registers too where tensor cores read no shared memory
+    if not whole and (block_k > 64 or (100 <= gpu.arch < 120 and pixels == 64)):
+        return None  # addresses of 128 rows of a contiguous output spill 100 times; 64 x 64 on sm_100 5 times
+    if block_k * pixels > 2 * most:
+        return None
+    return 4 if block_k * pixels <= most else 8
 
 
 def _boxes(problem: Conv2dProblem, pool: Pool2dProblem, pixels: int) -> list[tuple[int, int, int]]:

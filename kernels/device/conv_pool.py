@@ -1,6 +1,7 @@
 """Convolution, ReLU and max-pool in one kernel: the convolution's output stays in registers.
 
-A value and its place in the pool's window travel as one integer, a key, so that one maximum finds both.
+A value and its place in the pool's window travel as one integer, a key, so that one maximum finds both; keys are
+positive, and -1 stands for no element.
 """
 
 import triton
@@ -10,36 +11,25 @@ from tileconv.kernels.device.conv import _bias_and_activation, _box_origin, _nex
 
 
 @triton.jit
-def _key(value, place, ACTIVATION: tl.constexpr):
-    # Ordered like the values; of equals the first place is the largest.  value has its final rounding, so that ties are
-    # those of a convolution that wrote it; the eight lowest bits of a two-byte value's fp32 are free for the place.
+def _key(value, place):
+    # Ordered like the values, which ReLU has left without a sign; of equals the first place is the largest.  They have
+    # their final rounding, so that ties are those of a convolution that wrote them, and the lowest eight bits of a
+    # two-byte value's fp32 are free for the place.  -0 is 0.  NaN is above all; a GPU may widen it to all ones.
     bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-    if ACTIVATION == "relu":
-        bits &= 0x7FFFFFFF  # -0 is 0, and NaN, with any sign, above all: it passes no gradient, so any NaN will do
-    else:
-        bits = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
     if value.dtype.primitive_bitwidth == 32:
-        bits = bits.to(tl.int64) * 256
-    key = bits + (255 - place)
-    if ACTIVATION != "relu":
-        NAN: tl.constexpr = 0x7FFFFFFF00 if value.dtype.primitive_bitwidth == 32 else 0x7FFFFF00
-        key = tl.where(value != value, NAN + place.to(key.dtype), key)  # the last NaN wins, as in PyTorch
-    return key
+        bits = (bits & 0x7FFFFFFF).to(tl.int64) * 256
+    else:
+        bits &= 0x7FFFFF00
+    return bits + (255 - place)
 
 
 @triton.jit
-def _value_and_place(key, OUT: tl.constexpr, ACTIVATION: tl.constexpr):
+def _value_and_place(key, OUT: tl.constexpr):
     low = key & 255
     bits = key - low
-    place = 255 - low
-    if ACTIVATION != "relu":
-        NAN: tl.constexpr = 0x7FFFFFFF00 if OUT.primitive_bitwidth == 32 else 0x7FFFFF00
-        place = tl.where(bits == NAN, low, place)
     if OUT.primitive_bitwidth == 32:
         bits = (bits >> 8).to(tl.int32)
-    if ACTIVATION != "relu":
-        bits = tl.where(bits < 0, (-bits) ^ (-0x80000000), bits)
-    return bits.to(tl.float32, bitcast=True).to(OUT), place.to(tl.uint8)
+    return bits.to(tl.float32, bitcast=True).to(OUT), (255 - low).to(tl.uint8)
 
 
 @triton.jit
@@ -108,7 +98,6 @@ def fprop_pool(
     POOL_PAD_W: tl.constexpr,
     PARTIAL: tl.constexpr,  # windows may reach beyond the convolution's output
     HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     STORE_BOX: tl.constexpr,
     PRECISION: tl.constexpr,
     OUT: tl.constexpr,
@@ -133,18 +122,18 @@ def fprop_pool(
         i = tl.arange(0, BOX_N * BOX_H * BOX_W)
         i_p = i // BOX_W % BOX_H
         i_q = i % BOX_W
-        out = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION).to(OUT)
-        key = _key(out, (i_p % WINDOW_H * WINDOW_W + i_q % WINDOW_W)[None, :], ACTIVATION)
+        out = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, "relu").to(OUT)
+        key = _key(out, (i_p % WINDOW_H * WINDOW_W + i_q % WINDOW_W)[None, :])
         if PARTIAL:
             inside = (p + i_p >= 0) & (p + i_p < P) & (q + i_q >= 0) & (q + i_q < Q)
-            key = tl.where(inside[None, :], key, _nothing(OUT))
+            key = tl.where(inside[None, :], key, -1)
         key = key.reshape(BLOCK_K, BOX_N, OWN_H, WINDOW_H, OWN_W, WINDOW_W)
         best = tl.max(tl.max(key, axis=5), axis=3).reshape(BLOCK_K, BOX_N * OWN_H * OWN_W)
     else:
         u_lo = tl.maximum(0, -p)
         v_lo = tl.maximum(0, -q)
         columns = tl.minimum(WINDOW_W, Q - q) - v_lo
-        best = tl.full((BLOCK_K, BOX_N), _nothing(OUT), tl.int64 if OUT.primitive_bitwidth == 32 else tl.int32)
+        best = tl.full((BLOCK_K, BOX_N), -1, tl.int64 if OUT.primitive_bitwidth == 32 else tl.int32)
         # Two loops: in one flat loop every product would wait for the one before it, because a place ends in it.
         for place in tl.range(0, (tl.minimum(WINDOW_H, P - p) - u_lo) * columns):
             u = u_lo + place // columns
@@ -153,9 +142,9 @@ def fprop_pool(
                 x, w, n, (p + u) * stride_h - pad_h, (q + v) * stride_w - pad_w, g, k0, H, W, C, K, R, S, DIL_H, DIL_W,
                 GROUPS, PRECISION, BOX_N, BOX_H, BOX_W, BLOCK_K, BLOCK_C,
             )  # fmt: skip
-            out = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION).to(OUT)
-            best = tl.maximum(best, _key(out, u * WINDOW_W + v, ACTIVATION))
-    value, place = _value_and_place(best, OUT, ACTIVATION)
+            out = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, "relu").to(OUT)
+            best = tl.maximum(best, _key(out, u * WINDOW_W + v))
+    value, place = _value_and_place(best, OUT)
     _store_box(
         y, value, k0, g, n, pp, pq, N, POOLED_P, POOLED_Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
         GROUPS, STORE_BOX, BOX_N, OWN_H, OWN_W, BLOCK_K,
@@ -165,9 +154,3 @@ def fprop_pool(
             switch, place, k0, g, n, pp, pq, N, POOLED_P, POOLED_Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
             GROUPS, STORE_BOX, BOX_N, OWN_H, OWN_W, BLOCK_K,
         )  # fmt: skip
-
-
-@triton.constexpr_function
-def _nothing(dtype):
-    """A key below all others."""
-    return -(1 << 62) if dtype.primitive_bitwidth == 32 else -(1 << 31)

@@ -65,7 +65,9 @@ def how_conv2d_max_pool2d_runs(
     problem = conv2d_problem(batched.shape, weight.shape, *complete[:4])
     pool = pool2d_problem(problem.y_shape, *complete[4:9])
     gpu = hardware.gpu_of(batched.device)
-    reason = pool_tiles.why_separate(problem, pool, batched.dtype, complete[-1], gpu)
+    reason: str | None = "the kernel that pools has a ReLU"
+    if complete[9] == "relu":
+        reason = pool_tiles.why_separate(problem, pool, batched.dtype, complete[10], gpu)
     return "one kernel" if reason is None else f"two kernels: {reason}"
 
 

@@ -1,4 +1,4 @@
-"""Convolution, activation and max-pool in one kernel, on the host side."""
+"""Convolution, ReLU and max-pool in one kernel, on the host side."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def plan_conv_pool(
     switch: torch.Tensor | None,
     *,
     gpu: GPU,
-    activation: str | None = None,
     precision: str = "ieee",
 ) -> Launch:
     """The launch that writes y [N, K, pool.P, pool.Q] and, if given, switch (uint8, laid out like y) from x and w.
 
+    Between convolution and pool is a ReLU, and bias before it if given.
     Raises ValueError where the kernel cannot run; pool_tiles.why_separate says beforehand.
     """
     tile = pool_tiles.choose_pooled(problem, pool, x.dtype, precision, gpu)
@@ -62,7 +62,7 @@ def plan_conv_pool(
         "DIL_W": problem.dilation[1], "GROUPS": problem.groups, "WINDOW_H": pool.kernel[0], "WINDOW_W": pool.kernel[1],
         "STEP_H": pool.stride[0], "STEP_W": pool.stride[1], "POOL_PAD_H": pool.padding[0],
         "POOL_PAD_W": pool.padding[1], "PARTIAL": pool.partial, "HAS_BIAS": bias is not None,
-        "ACTIVATION": activation, "STORE_BOX": store_box, "PRECISION": precision, "OUT": TRITON_TYPE[y.dtype],
+        "STORE_BOX": store_box, "PRECISION": precision, "OUT": TRITON_TYPE[y.dtype],
         "BOX_N": tile.box[0], "BOX_H": tile.box[1], "BOX_W": tile.box[2], "BLOCK_K": tile.block_k,
         "BLOCK_C": tile.block_c,
     }  # fmt: skip

@@ -51,10 +51,10 @@ def _conv_pool(
         return output, switches
     gpu = hardware.gpu_of(input.device)
     switch = switches if with_switch else None
-    if pool_tiles.fuse_pool(problem, pool, input.dtype, precision, gpu):
+    if activation == "relu" and pool_tiles.fuse_pool(problem, pool, input.dtype, precision, gpu):
         launches = [
             launch_conv_pool.plan_conv_pool(
-                problem, pool, input, weight, bias, output, switch, gpu=gpu, activation=activation, precision=precision
+                problem, pool, input, weight, bias, output, switch, gpu=gpu, precision=precision
             )
         ]
     else:
