@@ -30,10 +30,15 @@ def why_separate(
     if gpu.interprets:
         # One program a window and many steps: seconds where the separate kernels take milliseconds.
         return None if _whole(problem, pool) else "in the interpreter only windows that do not overlap are fused"
+    return _why_slower(problem, pool, dtype, precision, gpu)
+
+
+@lru_cache(maxsize=4096)
+def _why_slower(
+    problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, precision: str, gpu: GPU
+) -> str | None:
     together, apart = modelled_us(problem, pool, dtype, precision, gpu)
-    if together < apart:
-        return None
-    return f"one kernel is modelled to take {together:.0f} us, two {apart:.0f} us"
+    return None if together < apart else f"one kernel is modelled to take {together:.1f} us, two {apart:.1f} us"
 
 
 def modelled_us(
@@ -143,7 +148,7 @@ def candidates(problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, 
             if warps is None:
                 continue
             deepest = min(4, (gpu.shared_block - 2048) // ((block_k + pixels) * 128))
-            for stages in range(2, deepest + 1):
+            for stages in range(deepest, 1, -1):  # of equals the deepest
                 found.append(ConvTile("box" if whole else "pixel", box, block_k, depth, warps, stages))
     return found
 

@@ -471,7 +471,7 @@ def test_candidates_compile_without_spills_to_asynchronous_products(dtype: str, 
             crowded = dtype == "fp16" or tile.block_k * tile.pixels >= 8192
             if crowded and (tile.formulation == "box") == (name == "vgg16.conv3_3"):
                 kind = (tile.formulation, tile.pixels, tile.block_k)
-                todo[kind] = {"layer": name, "dtype": dtype, "tile": dataclasses.asdict(tile)}  # the deepest pipeline
+                todo.setdefault(kind, {"layer": name, "dtype": dtype, "tile": dataclasses.asdict(tile)})  # the deepest
     assert {kind[0] for kind in todo} == {"box", "pixel"}
     rows = run_tasks(
         "pool_probe", list(todo.values()), jobs=1, label=str,
