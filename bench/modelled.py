@@ -15,16 +15,26 @@ if TYPE_CHECKING:
 
 
 def product_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
-    """A convolution in the tile that would be launched, and for a first layer the kernels that prepare its operands."""
-    from tileconv.kernels import cost, tiles
+    """A convolution in the tile that would be launched, and for a first layer the kernels that prepare its operands.
 
-    inner = problem.space_to_depth if tiles.first_layer(problem, "fprop", dtype, gpu) else problem
-    tile = tiles.choose(inner, "fprop", dtype, "ieee", gpu)
+    A first layer's image is contiguous.
+    """
+    from tileconv.kernels import cost, run_tiles, tiles
+
+    inner, moved = problem, []
+    choose = tiles.choose
+    if run_tiles.in_runs(problem, "fprop", dtype, "ieee"):
+        choose = run_tiles.choose_runs
+        if problem.runs(dtype.itemsize) is None:
+            inner = problem.widened(-(-problem.W // 8) * 8)
+            moved = [(problem.x_shape, inner.x_shape)]
+        moved.append((problem.w_shape, problem.w_shape))
+    elif tiles.first_layer(problem, "fprop", dtype, gpu):
+        inner = problem.space_to_depth
+        moved = [(problem.x_shape, inner.x_shape), (problem.w_shape, inner.w_shape)]
+    tile = choose(inner, "fprop", dtype, "ieee", gpu)
     modelled = cost.predict(inner, "fprop", tile, dtype, "ieee", gpu).modelled_us
-    if inner is not problem:
-        for before, after in ((problem.x_shape, inner.x_shape), (problem.w_shape, inner.w_shape)):
-            modelled += moved_us((math.prod(before), math.prod(after)), dtype, gpu)
-    return modelled
+    return modelled + sum(moved_us([math.prod(shape) for shape in pair], dtype, gpu) for pair in moved)
 
 
 def moved_us(elements: Sequence[int], dtype: torch.dtype, gpu: GPU) -> float:

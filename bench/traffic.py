@@ -51,15 +51,23 @@ class _Axis:
         low = max(0, _cdiv(1 - self.box - first, self.dilation))
         return low, min(self.taps, max(0, _cdiv(self.extent - first, self.dilation)))
 
-    def rows(self) -> tuple[int, Counter[tuple[int, int]]]:
+    def rows(self, starts: list[int] | None = None) -> tuple[int, Counter[tuple[int, int]]]:
         """Input rows that all boxes and taps load, and how many boxes have each range of taps."""
         loaded, ranges = 0, Counter[tuple[int, int]]()
-        for start in range(0, self.outputs, self.box):
+        for start in range(0, self.outputs, self.box) if starts is None else starts:
             low, high = self.range_of(start)
             ranges[low, max(low, high)] += 1
             first = start * self.stride - self.pad
             loaded += sum(_clip(first + tap * self.dilation, self.box, self.extent) for tap in range(low, high))
         return loaded, ranges
+
+    def reached(self, starts: list[int]) -> set[int]:
+        """The input rows that those boxes load."""
+        firsts = [(s * self.stride - self.pad, self.range_of(s)) for s in starts]
+        loaded = {
+            first + tap * self.dilation + i for first, taps in firsts for tap in range(*taps) for i in range(self.box)
+        }
+        return {row for row in loaded if 0 <= row < self.extent}
 
     def touched(self) -> int:
         return _touched(self.outputs, self.taps, self.stride, self.pad, self.dilation, self.extent)
@@ -100,6 +108,41 @@ def _fprop_box(a: Arguments) -> Traffic:
     weights = groups * K * C * a["R"] * a["S"] * size
     least = _image_bytes(a) + weights + written + (groups * K * _itemsize(a["bias"]) if bias_bytes else 0)
     return Traffic(pixels + filters * size + bias_bytes, written, least)
+
+
+def _fprop_pool(a: Arguments) -> Traffic:
+    size, groups, K = _itemsize(a["x"]), a["GROUPS"], a["K"]
+    axes = _axes(a)
+    starts = [
+        _pool_starts(a, axis, name, place) for axis, (name, place) in zip(axes, (("H", "P"), ("W", "Q")), strict=True)
+    ]
+    (h, h_ranges), (w, w_ranges) = (axis.rows(s) for axis, s in zip(axes, starts, strict=True))
+    filter_tiles, images = _cdiv(K, a["BLOCK_K"]), _cdiv(a["N"], a["BOX_N"])
+    pixels = a["N"] * h * w * a["C"] * groups * filter_tiles * size
+    plain = a | {"BLOCK_K2": 0, "TRANSPOSED": False}
+    filters = 0
+    for ((r0, r1), r_count), ((s0, s1), s_count) in itertools.product(h_ranges.items(), w_ranges.items()):
+        taps = [r * a["S"] + s for r in range(r0, r1) for s in range(s0, s1)]
+        filters += images * r_count * s_count * sum(_filter_elements(plain, tap) for tap in taps)
+    bias = groups * K * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
+    written = a["N"] * a["POOLED_P"] * a["POOLED_Q"] * groups * K
+    written *= _itemsize(a["y"]) + (0 if a["switch"] is None else 1)
+    touched = [len(axis.reached(s)) for axis, s in zip(axes, starts, strict=True)]
+    image = a["N"] * touched[0] * touched[1] * groups * a["C"] * size
+    weights = groups * K * a["C"] * a["R"] * a["S"] * size
+    read = pixels + filters * size + images * len(starts[0]) * len(starts[1]) * bias
+    return Traffic(read, written, image + weights + bias + written)
+
+
+def _pool_starts(a: Arguments, axis: _Axis, window: str, pooled: str) -> list[int]:
+    """Along one axis: the convolution outputs at which a program's boxes start, over all programs."""
+    extent, step, before = a[f"WINDOW_{window}"], a[f"STEP_{window}"], a[f"POOL_PAD_{window}"]
+    whole = a["BOX_H"] * a["BOX_W"] > 1
+    windows = axis.box // extent if whole else 1
+    starts = range(-before, a[f"POOLED_{pooled}"] * step - before, windows * step)
+    if whole:
+        return list(starts)
+    return [place for start in starts for place in range(start, start + extent) if 0 <= place < axis.outputs]
 
 
 def _filter_elements(a: Arguments, tap: int) -> int:
@@ -383,6 +426,7 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "fprop_box": _fprop_box,
     "fprop_finish": _fprop_finish,
     "fprop_gather": _fprop_gather,
+    "fprop_pool": _fprop_pool,
     "wgrad_box": _wgrad_box,
     "wgrad_gather": _wgrad_gather,
     "max_forward": _max_forward,

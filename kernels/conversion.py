@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tileconv.kernels import checks, layout, modules, modules_conv, modules_softmax
-from tileconv.kernels.fusion import FUSED, RELUS, Fusion
+from tileconv.kernels import checks, layout, modules, modules_conv, modules_fused, modules_softmax
+from tileconv.kernels.fusion import FUSED, POOLS, RELUS, Fusion
 from tileconv.kernels.redirect import REDIRECTS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -43,8 +43,12 @@ SWAPS: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
 }
 """torch.nn's layers, the names of what they do, and ours: every layer of tileconv.kernels.nn that torch.nn has."""
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-OURS = (*(ours for _, ours in SWAPS.values()), modules.ConvReLU2d, modules.LinearReLU, modules.FusedReLU)
-OPS = (*(op for op, _ in SWAPS.values()), "fuse")
+OURS = (
+    *(ours for _, ours in SWAPS.values()),
+    modules.ConvReLU2d, modules.LinearReLU, modules.FusedReLU, modules_fused.ConvReLUMaxPool2d,
+    modules_fused.FusedMaxPool2d,
+)  # fmt: skip
+OPS = (*(op for op, _ in SWAPS.values()), "fuse", "fuse_pool")
 ORIGIN = "_tileconv_origin"  # in the __dict__ of a converted module, and so in its copies and pickles
 
 
@@ -70,11 +74,12 @@ def convert(
     channels_last, and with them by PyTorch's rule the activations: a model that flattens these with `view` must say
     `flatten` or `reshape`, as for model.to(memory_format=torch.channels_last).
 
-    ops: what to do, of the functions' names in `OPS` ("conv2d", "linear", "max_pool2d", "relu", ...) and "fuse"; None
-    is all.  "fuse" makes one kernel of a Conv2d or Linear and the ReLU module, in place or not, that alone reads its
-    output; an Identity takes the ReLU's place.  The pairs come from torch.fx's symbolic trace of the model or, where
-    it does not trace, of its parts, each of which is then taken to call its layers alone.  Layers with hooks are not
-    fused.
+    ops: what to do, of the functions' names in `OPS` ("conv2d", "linear", "max_pool2d", "relu", ...), "fuse" and
+    "fuse_pool"; None is all.  "fuse" makes one kernel of a Conv2d or Linear and the ReLU module, in place or not, that
+    alone reads its output; an Identity takes the ReLU's place.  "fuse_pool" makes one layer of such a Conv2d, its ReLU
+    and the MaxPool2d that alone reads the ReLU's output, so that training keeps less; Identities take the places of
+    both.  The sequences come from torch.fx's symbolic trace of the model or, where it does not trace, of its parts,
+    each of which is then taken to call its layers alone.  Layers with hooks are not fused.
     filter_fn: called as filter_fn(name, module) with each layer that would change; False keeps it.
 
     `explain` tells why a layer stayed.  Raises TypeError or ValueError for arguments of another kind; nothing has
@@ -93,19 +98,32 @@ def convert(
     wishes = {
         module: _refusal(module) is None and (filter_fn is None or bool(filter_fn(name, module)))
         for module, name in names.items()
-        if type(module) in (*SWAPS, *FUSED, *RELUS)
+        if type(module) in (*SWAPS, *FUSED, *RELUS, *POOLS)
     }
     changes = {
         module: SWAPS[type(module)][1]
         for module, wish in wishes.items()
         if wish and type(module) in SWAPS and SWAPS[type(module)][0] in wanted
     }
-    if "fuse" in wanted and wishes:
-        for layer, activation in Fusion(model).pairs:
-            if wishes.get(layer) and wishes.get(activation):
+    windows: dict[nn.Module, modules_fused.PoolWindow] = {}
+    if wanted & {"fuse", "fuse_pool"} and wishes:
+        fusion = Fusion(model)
+        for layer, activation in fusion.pairs:
+            if not wishes.get(layer) or not wishes.get(activation):
+                continue
+            pool = fusion.pools.get(activation)
+            if "fuse_pool" in wanted and pool is not None and wishes.get(pool):
+                windows[layer] = modules_fused.PoolWindow.of(pool)
+                changes |= {
+                    layer: modules_fused.ConvReLUMaxPool2d, activation: modules.FusedReLU,
+                    pool: modules_fused.FusedMaxPool2d,
+                }  # fmt: skip
+            elif "fuse" in wanted:
                 changes |= {layer: FUSED[type(layer)], activation: modules.FusedReLU}
     for module, ours in changes.items():
         _swap(module, ours)
+    for module, window in windows.items():
+        module.__dict__["pool"] = window
     return model
 
 
@@ -126,6 +144,8 @@ def revert(model: Model) -> Model:
             module.lay_out(torch.contiguous_format)
         if origin.type not in OURS:
             module.__dict__.pop("precision", None)
+        if isinstance(module, modules_fused.ConvReLUMaxPool2d):
+            del module.pool
         module.__class__ = origin.type
     return model
 
@@ -199,16 +219,19 @@ def explain(model: nn.Module, *example: Any) -> Table:
     """What runs on our kernels and what on PyTorch's, and why: one row a layer, and `str` of it is a table.
 
     With an example the model is called once as model(*example), in eval mode and without gradients: layers that this
-    does not call are marked, and calls of functions such as F.relu outside any layer have rows of their own.
+    does not call are marked, convolutions with a max-pool say whether they ran as one kernel or as two, and calls of
+    functions such as F.relu outside any layer have rows of their own.
     """
     _check_module("model", model)
     fusion = Fusion(model)
-    called, functions = _run(model, example) if example else (None, {})
+    called, functions, ways = _run(model, example) if example else (None, {}, {})
     rows = Table()
     for name, module in model.named_modules():
         if module._modules and not module._parameters and not isinstance(module, tuple(SWAPS)):
             continue  # a container
         where, reason = _verdict(name, module, model, fusion)
+        if module in ways:
+            reason = f"{reason} in {ways[module]}"
         if called is not None and module not in called:
             reason = f"{reason}; not called with this example" if reason else "not called with this example"
         rows.append(Row(name, type(module).__name__, where, reason))
@@ -226,8 +249,10 @@ def _verdict(name: str, module: nn.Module, model: nn.Module, fusion: Fusion) -> 
         return "pytorch", refusal
     if type(module) in SWAPS:
         return "pytorch", "convert() would swap it"
-    if isinstance(module, modules.FusedReLU):
+    if isinstance(module, modules.FusedReLU | modules_fused.FusedMaxPool2d):
         return "tileconv", "done by the layer before it"
+    if isinstance(module, modules_fused.ConvReLUMaxPool2d):
+        return "tileconv", "with its ReLU and its max-pool"
     if isinstance(module, modules.ConvReLU2d | modules.LinearReLU):
         return "tileconv", "with its ReLU in one kernel"
     if type(module) in FUSED and (reason := fusion.reason(name, module, model)):
@@ -235,17 +260,22 @@ def _verdict(name: str, module: nn.Module, model: nn.Module, fusion: Fusion) -> 
     return "tileconv", ""
 
 
-def _run(model: nn.Module, example: tuple[Any, ...]) -> tuple[set[nn.Module], dict[tuple[nn.Module, str], int]]:
-    """The modules that a call reaches, and the functions that containers call themselves."""
+def _run(
+    model: nn.Module, example: tuple[Any, ...]
+) -> tuple[set[nn.Module], dict[tuple[nn.Module, str], int], dict[nn.Module, str]]:
+    """The modules that a call reaches, the functions that containers call themselves, and how a fused pool runs."""
     inside = set(model.modules())
     called: set[nn.Module] = set()
     stack: list[nn.Module] = []
     functions: Counter[tuple[nn.Module, str]] = Counter()
+    ways: dict[nn.Module, str] = {}
 
     def enter(module: nn.Module, arguments: Any) -> None:
         if module in inside:
             called.add(module)
             stack.append(module)
+        if isinstance(module, modules_fused.ConvReLUMaxPool2d):
+            ways[module] = module.how_it_runs(*arguments)
 
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
         if module in inside:
@@ -271,4 +301,4 @@ def _run(model: nn.Module, example: tuple[Any, ...]) -> tuple[set[nn.Module], di
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    return called, functions
+    return called, functions, ways

@@ -12,12 +12,13 @@ It is an upper bound made of published rates; `tests/test_cost.py` holds it to p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from tileconv.kernels.geometry import Conv2dProblem, Pair
+from tileconv.kernels.geometry import Conv2dProblem, Pair, Pool2dProblem
 from tileconv.kernels.hardware import GPU
 
 TENSOR_LOAD = 0.80  # share of the data sheet's tensor-core rate that lasts under load (power)
@@ -25,6 +26,7 @@ DRAM_LOAD = 0.92  # share of the data sheet's DRAM rate that a streaming kernel 
 L2_PORT = 64  # bytes a cycle that one SM can take from L2
 FILL_CYCLES = 900  # from a program's start to its first product: launch, descriptor and first loads
 LOAD_CYCLES = 800  # from asking for a box to having it; a pipeline hides it behind its other stages
+KEY_INSTRUCTIONS = 8  # beside what a convolution does: value and place of a sum as one integer, and its maximum
 LAUNCH_US = 1.0  # a dependent kernel's start after another one, in a CUDA graph
 
 
@@ -333,3 +335,47 @@ class _Rates:
         if left:
             busy += steps * self.step(left, min(resident, whole + 1))
         return busy + around
+
+
+def predict_pooled(
+    problem: Conv2dProblem, pool: Pool2dProblem, tile: Tile, dtype: torch.dtype, precision: str, gpu: GPU
+) -> float:
+    """Microseconds of device/conv_pool.py's kernel with switches: a convolution whose output only its pool sees.
+
+    A tile of one pixel takes the places of a window in turn, each with its own taps and its own start of the pipeline.
+    """
+    whole = tile.pixels > tile.box[0]
+    windows = (tile.box[1] // pool.kernel[0], tile.box[2] // pool.kernel[1]) if whole else (1, 1)
+    (rows, row_pairs), (columns, column_pairs) = (
+        _pooled_axis(problem, pool, axis, windows[axis], tile.box[1 + axis]) for axis in (0, 1)
+    )
+    row_tiles = -(-problem.group_filters // tile.rows)
+    tiles = -(-problem.N // tile.box[0]) * rows * columns * row_tiles * problem.groups
+    steps = row_pairs * column_pairs / (rows * columns) * -(-problem.group_channels // tile.block_c)
+    shape = _Shape(tiles, steps, tile.rows, tile.pixels, tile.block_c, 1.0, 1.0)
+    sums = tile.rows * tile.pixels
+    held = sums if whole else sums * (3 if dtype.itemsize == 4 else 2)  # a key takes what a sum takes, or twice that
+    threads_need = registers(held // tile.pixels, tile.pixels, tile.num_warps, gpu)
+    resident = max(1, occupancy(threads_need, shape.stage_bytes(dtype.itemsize) * tile.num_stages, tile.num_warps, gpu))
+    outputs = tile.rows * tile.box[0] * math.prod(windows)
+    places = 1 if whole else pool.taps
+    keys = places * KEY_INSTRUCTIONS * sums / 32 / 4 + (places - 1) * LOAD_CYCLES
+    turns = math.ceil(tiles / gpu.sms)
+    cycles = _Rates(shape, tile, dtype, precision, gpu).phase(tiles, steps, outputs * (dtype.itemsize + 1), resident)
+    cycles += keys * turns / min(resident, turns)
+    least = dtype.itemsize * (math.prod(problem.x_shape) + math.prod(problem.w_shape))
+    least += (dtype.itemsize + 1) * math.prod(pool.y_shape)
+    return max(1e6 * cycles / gpu.clock, 1e6 * least / (gpu.dram * DRAM_LOAD))
+
+
+def _pooled_axis(problem: Conv2dProblem, pool: Pool2dProblem, axis: int, windows: int, box: int) -> Pair:
+    """Along one axis: programs, each of `windows` windows, and pairs of a box of convolution outputs and a tap."""
+    outputs, extent = (problem.P, problem.Q)[axis], (problem.H, problem.W)[axis]
+    pooled, taps = (pool.P, pool.Q)[axis], (problem.R, problem.S)[axis]
+    stride, before, dilation = problem.stride[axis], problem.padding[axis][0], problem.dilation[axis]
+    starts = range(-pool.padding[axis], pooled * pool.stride[axis] - pool.padding[axis], windows * pool.stride[axis])
+    boxes: Sequence[int] = starts
+    if box == 1:
+        boxes = [place for start in starts for place in range(start, start + pool.kernel[axis]) if 0 <= place < outputs]
+    pairs = sum(_reached(1, taps, stride, before - place * stride, dilation, extent, box)[1] for place in boxes)
+    return len(starts), pairs

@@ -1,4 +1,4 @@
-"""Which layers and ReLUs can become one: pairs found in torch.fx's symbolic traces of a model."""
+"""Which layers, ReLUs and max-pools can become one: found in torch.fx's symbolic traces of a model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     modules.Linear: modules.LinearReLU,
 }
 RELUS = (nn.ReLU, modules.ReLU)
+POOLS = (nn.MaxPool2d, modules.MaxPool2d)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -69,13 +70,18 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class Fusion:
-    """Pairs of a layer and the ReLU that alone reads its output, and why other layers with a ReLU are no such pair."""
+    """Pairs of a layer and the ReLU that alone reads its output, and why other layers with a ReLU are no such pair.
+
+    `pools` has, for the ReLU of a convolution's pair, the MaxPool2d that alone reads what the ReLU makes.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.pairs: list[tuple[nn.Module, nn.Module]] = []
+        self.pools: dict[nn.Module, nn.MaxPool2d] = {}
         self.reasons: dict[nn.Module, str] = {}
         self.untraced: dict[nn.Module, str] = {}
         self._followers: dict[nn.Module, list[nn.Module | None]] = {}
+        self._readers: dict[nn.Module, set[nn.Module | None]] = {}
         self._calls: Counter[nn.Module] = Counter()
         self._seen: set[nn.Module] = set()
         with _undisturbed(model):
@@ -133,6 +139,9 @@ class Fusion:
             called = {node: module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
             calls |= Counter(called.values())
             for node, layer in called.items():
+                if type(layer) in RELUS:
+                    readers = {None} if node in kept else {called.get(user) for user in node.users}
+                    self._readers.setdefault(layer, set()).update(readers)
                 if type(layer) not in FUSED:
                     continue
                 relus = [u for u in node.users if _is_relu_function(u) or type(called.get(u)) in RELUS]
@@ -157,6 +166,12 @@ class Fusion:
             self.reasons[layer] = "hooks on it or on its ReLU would see other values"
         else:
             self.pairs.append((layer, relu))
+            pool = next(iter(self._readers[relu])) if len(self._readers[relu]) == 1 else None
+            if isinstance(layer, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and self._fits(pool):
+                self.pools[relu] = pool
+
+    def _fits(self, pool: nn.MaxPool2d) -> bool:
+        return type(pool) in POOLS and self._calls[pool] == 1 and not pool.return_indices and not _has_hooks(pool)
 
     def reason(self, name: str, layer: nn.Module, model: nn.Module) -> str:
         """Why `layer` is not fused; "" where no ReLU follows."""

@@ -289,6 +289,13 @@ class Pool2dProblem:
         return self.kernel[0] * self.kernel[1]
 
     @property
+    def partial(self) -> bool:
+        """Whether a window reaches beyond the input."""
+        ends = ((self.P - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] - self.padding[0],
+                (self.Q - 1) * self.stride[1] + (self.kernel[1] - 1) * self.dilation[1] - self.padding[1])  # fmt: skip
+        return max(self.padding) > 0 or ends[0] >= self.H or ends[1] >= self.W
+
+    @property
     def x_shape(self) -> tuple[int, int, int, int]:
         return self.N, self.C, self.H, self.W
 

@@ -17,6 +17,7 @@ from tileconv.kernels.modules import (
     ReLU,
 )
 from tileconv.kernels.modules_conv import Conv1d, ConvTranspose2d, Fold, LocallyConnected2d, Unfold
+from tileconv.kernels.modules_fused import ConvReLUMaxPool2d, FusedMaxPool2d
 from tileconv.kernels.modules_softmax import CrossEntropyLoss, LogSoftmax, Softmax
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "ConvReLU2d",
+    "ConvReLUMaxPool2d",
     "ConvTranspose2d",
     "CrossEntropyLoss",
     "Dropout",
     "Fold",
+    "FusedMaxPool2d",
     "FusedReLU",
     "LPPool2d",
     "Linear",

@@ -29,3 +29,7 @@ def test_alexnet_keeps_no_more_than_pytorch() -> None:
     assert all(row["tileconv"] <= row["pytorch"] for row in rows.values())
     assert rows["pool1"]["tileconv"] == 64 * 27 * 27
     assert rows["conv3"]["tileconv"] == 4 * 13 * 13 * (192 + 384)
+    for conv, pool, conv_output, pooled in (("conv2", "pool2", 192 * 27 * 27, 192 * 13 * 13),
+                                            ("conv5", "pool5", 256 * 13 * 13, 256 * 6 * 6)):  # fmt: skip
+        together = rows[f"{conv} + {pool}"]["tileconv"]
+        assert rows[conv]["tileconv"] + rows[pool]["tileconv"] - together == 4 * (conv_output - pooled)

@@ -61,6 +61,7 @@ def test_opcheck(layout: int) -> None:
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (OPS.conv2d_fprop, (x, w, b, *GEOMETRY, "relu", "ieee", cl)),
         (OPS.conv2d_fprop, (x, w, None, *GEOMETRY, None, "ieee", cl)),
+        (OPS.conv2d_max_pool2d, (x, w, b, *GEOMETRY, *window, "relu", "ieee", True, cl)),
         (OPS.conv2d_dgrad, (dy, w, x.shape, *GEOMETRY, "ieee", cl)),
         (OPS.conv2d_wgrad, (dy, x, w.shape, *GEOMETRY, "ieee")),
         (OPS.bias_grad, (dy,)),

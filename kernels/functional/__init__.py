@@ -5,6 +5,7 @@ strides.  They raise TypeError or ValueError that names the argument, its value 
 """
 
 from tileconv.kernels.functional.conv import conv2d, linear
+from tileconv.kernels.functional.conv_pool import conv2d_max_pool2d, how_conv2d_max_pool2d_runs
 from tileconv.kernels.functional.im2col import conv2d_im2col, fold, unfold
 from tileconv.kernels.functional.local import locally_connected2d
 from tileconv.kernels.functional.loss import cross_entropy, log_softmax, softmax
@@ -27,10 +28,12 @@ __all__ = [
     "conv1d",
     "conv2d",
     "conv2d_im2col",
+    "conv2d_max_pool2d",
     "conv_transpose2d",
     "cross_entropy",
     "dropout",
     "fold",
+    "how_conv2d_max_pool2d_runs",
     "linear",
     "local_response_norm",
     "locally_connected2d",

@@ -175,9 +175,9 @@ def max_unpool2d(
     return output if input.dim() == 4 else output.squeeze(0)
 
 
-def _stride(stride: IntOrPair | None, kernel: tuple[int, int]) -> tuple[int, int]:
+def _stride(stride: IntOrPair | None, kernel: tuple[int, int], name: str = "stride") -> tuple[int, int]:
     empty = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
-    return kernel if empty else checks.pair("stride", stride, 1)
+    return kernel if empty else checks.pair(name, stride, 1)
 
 
 def _adaptive_size(output_size: Any, image: torch.Tensor) -> tuple[int, ...]:
