@@ -24,6 +24,7 @@ from tileconv.kernels.launch.descriptors import (
     row_descriptor,
 )
 from tileconv.kernels.launch.layout import plan_depth_to_space, plan_space_to_depth
+from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.launch.pointwise import plan_add_slices
 
 
@@ -74,12 +75,20 @@ def plan_dgrad(
     """The launches that write dx, one for each residue of the input pixel: fprop on the rephrased problems."""
     if _depthwise(problem):
         return depthwise.plan_dgrad(problem, dy, w, dx, gpu=gpu)
+    return plan_transpose(problem, dy, w, None, dx, gpu=gpu, precision=precision)
+
+
+def plan_transpose(
+    problem: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, *, gpu: GPU,
+    activation: str | None = None, precision: str = "ieee",
+) -> list[Launch]:  # fmt: skip
+    """As plan_dgrad, from x [N, K, P, Q] to y [N, C, H, W] of the problem, with a bias [C] and an activation."""
     return [
         launch
         for part in problem.dgrad
         for launch in plan_fprop(
-            part.problem, dy, w, None, dx[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
-            gpu=gpu, filters=part.filters, precision=precision,
+            part.problem, x, w, bias, y[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
+            gpu=gpu, filters=part.filters, activation=activation, precision=precision,
         )
     ]  # fmt: skip
 
@@ -92,7 +101,7 @@ def plan_wgrad(
         return depthwise.plan_wgrad(problem, dy, x, dw, gpu=gpu)
     if tiles.first_layer(problem, "wgrad", x.dtype, gpu):
         blocks, x, first = _to_depth(problem, x, gpu)
-        blocked = layout.empty_image(blocks.w_shape, dw, channels_last=True)
+        blocked = scratch(layout.empty_image(blocks.w_shape, dw, channels_last=True))
         last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
         return [first, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
     tile = tiles.choose(problem, "wgrad", x.dtype, precision, gpu)
@@ -141,20 +150,20 @@ def _depthwise(problem: Conv2dProblem) -> bool:
 def _to_depth(problem: Conv2dProblem, x: torch.Tensor, gpu: GPU) -> tuple[Conv2dProblem, torch.Tensor, Launch]:
     """The stride-1 problem of a first layer, its image, and the launch that fills it."""
     blocks = problem.space_to_depth
-    image = layout.empty_image(blocks.x_shape, x, channels_last=True)
+    image = scratch(layout.empty_image(blocks.x_shape, x, channels_last=True))
     padding = problem.padding[0][0], problem.padding[1][0]
     return blocks, image, plan_space_to_depth(x, image, problem.stride, padding, gpu=gpu)
 
 
 def _filters_to_depth(problem: Conv2dProblem, w: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, Launch]:
     """The filters of that problem: blocked like an image of one filter each, without padding before."""
-    blocked = layout.empty_image(problem.space_to_depth.w_shape, w, channels_last=True)
+    blocked = scratch(layout.empty_image(problem.space_to_depth.w_shape, w, channels_last=True))
     return blocked, plan_space_to_depth(w, blocked, problem.stride, (0, 0), gpu=gpu)
 
 
 def _slices(splits: int, dw: torch.Tensor) -> torch.Tensor:
     """One slice of partial sums for each split, in the accumulator's type."""
-    return torch.empty((splits, dw.numel()), dtype=layout.sum_dtype(dw.dtype), device=dw.device)
+    return scratch(torch.empty((splits, dw.numel()), dtype=layout.sum_dtype(dw.dtype), device=dw.device))
 
 
 def _plan_box(
@@ -184,7 +193,7 @@ def _plan_box(
     parts = None
     if shared:
         shape = (shared, tile.splits, tile.rows, tile.pixels)
-        parts = torch.empty(shape, dtype=layout.sum_dtype(y.dtype), device=y.device)
+        parts = scratch(torch.empty(shape, dtype=layout.sum_dtype(y.dtype), device=y.device))
     where = {"FULL": programs - shared, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
              "BOX_W": tile.box[2], "SHIFT": int(tile.shift)}  # fmt: skip
     arguments = common | where | {

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import checks, hardware, layout
+from tileconv.kernels import checks, layout
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv as launch_conv
+from tileconv.kernels.launch import plans
 from tileconv.kernels.launch import pointwise as launch_pointwise
-from tileconv.kernels.ops.registry import Ints, define
+from tileconv.kernels.ops.registry import Ints, define, remembered
 
 GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
 
 
+@remembered
 def conv2d_problem(
     input_shape: Ints, weight_shape: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> Conv2dProblem:
@@ -40,11 +42,9 @@ def _fprop(
     problem = conv2d_problem(input.shape, weight.shape, stride, padding, dilation, groups)
     output = layout.empty_image(problem.y_shape, input, channels_last)
     if output.numel():
-        gpu = hardware.gpu_of(input.device)
-        for launch in launch_conv.plan_fprop(
-            problem, input, weight, bias, output, gpu=gpu, activation=activation, precision=precision
-        ):
-            launch.run()
+        plans.run(
+            launch_conv.plan_fprop, problem, input, weight, bias, output, activation=activation, precision=precision
+        )
     return output
 
 
@@ -63,9 +63,7 @@ def _dgrad(
     checks.belongs("grad", grad, problem.y_shape, weight, weight.dtype)
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
-        gpu = hardware.gpu_of(grad.device)
-        for launch in launch_conv.plan_dgrad(problem, grad, weight, grad_input, gpu=gpu, precision=precision):
-            launch.run()
+        plans.run(launch_conv.plan_dgrad, problem, grad, weight, grad_input, precision=precision)
     return grad_input
 
 
@@ -85,9 +83,7 @@ def _wgrad(
     grad_weight = layout.empty_image(weight_shape, grad, channels_last=True)
     if not grad.numel():
         return grad_weight.zero_()
-    gpu = hardware.gpu_of(grad.device)
-    for launch in launch_conv.plan_wgrad(problem, grad, input, grad_weight, gpu=gpu, precision=precision):
-        launch.run()
+    plans.run(launch_conv.plan_wgrad, problem, grad, input, grad_weight, precision=precision)
     return grad_weight
 
 
@@ -118,9 +114,7 @@ def _bias_backward(grad: torch.Tensor, output: torch.Tensor | None) -> tuple[tor
         masked = torch.empty_like(output)
     sums = torch.zeros(grad.shape[1], dtype=grad.dtype, device=grad.device)
     if grad.numel():
-        gpu = hardware.gpu_of(grad.device)
-        for launch in launch_pointwise.plan_bias_backward(grad, output, masked, sums, gpu=gpu):
-            launch.run()
+        plans.run(launch_pointwise.plan_bias_backward, grad, output, masked, sums)
     return masked, sums
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import checks, hardware, layout
+from tileconv.kernels import checks, layout
 from tileconv.kernels.launch import conv as launch_conv
+from tileconv.kernels.launch import plans
 from tileconv.kernels.ops.conv import GEOMETRY, conv2d_problem
 from tileconv.kernels.ops.registry import Ints, define
 
@@ -18,14 +19,9 @@ def _conv_transpose(
     checks.belongs("input", input, problem.y_shape, weight, weight.dtype)
     output = layout.empty_image(output_shape, input, channels_last)
     if output.numel():
-        gpu = hardware.gpu_of(input.device)
-        for part in problem.dgrad:
-            (top, left), (down, right) = part.offset, part.stride
-            for launch in launch_conv.plan_fprop(
-                part.problem, input, weight, bias, output[:, :, top::down, left::right], gpu=gpu,
-                filters=part.filters, activation=activation, precision=precision,
-            ):  # fmt: skip
-                launch.run()
+        plans.run(
+            launch_conv.plan_transpose, problem, input, weight, bias, output, activation=activation, precision=precision
+        )
     return output
 
 
