@@ -1,8 +1,8 @@
 """Planned once for a layout, launched in every call.
 
 What a planner returns follows from the shapes, strides and dtypes of its operands and from its settings, not from
-addresses or values.  So it runs once for them, on placeholders without memory, and a call only puts its own tensors in
-their places.
+addresses or values, and it writes to none of them.  So it runs once for them, on placeholders without memory, and a
+call only puts its own tensors in their places.
 """
 
 from __future__ import annotations
