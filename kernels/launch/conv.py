@@ -39,6 +39,7 @@ def plan_fprop(
     filters: Filters | None = None,
     activation: str | None = None,
     precision: str = "ieee",
+    batch_invariant: bool = False,
 ) -> list[Launch]:
     """The launches that write y [N, K, P, Q] from x [N, C, H, W] and w, the layer's own filters [K, C/groups, R, S].
 
@@ -51,9 +52,12 @@ def plan_fprop(
     if tiles.first_layer(problem, "dgrad" if filters.transposed else "fprop", x.dtype, gpu):
         blocks, x, first = _to_depth(problem, x, gpu)
         w, second = _filters_to_depth(problem, w, gpu)
-        rest = plan_fprop(blocks, x, w, bias, y, gpu=gpu, activation=activation, precision=precision)
+        rest = plan_fprop(
+            blocks, x, w, bias, y, gpu=gpu, activation=activation, precision=precision, batch_invariant=batch_invariant
+        )
         return [first, second, *rest]
-    tile = tiles.choose(problem, "dgrad" if filters.transposed else "fprop", x.dtype, precision, gpu)
+    pass_ = "dgrad" if filters.transposed else "fprop"
+    tile = tiles.choose(problem, pass_, x.dtype, precision, gpu, batch_invariant=batch_invariant)
     common: dict[str, Any] = {
         "bias": bias, "N": problem.N, "H": problem.H, "W": problem.W, "P": problem.P, "Q": problem.Q,
         "C": problem.group_channels, "K": problem.group_filters,
@@ -70,17 +74,18 @@ def plan_fprop(
 
 
 def plan_dgrad(
-    problem: Conv2dProblem, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, *, gpu: GPU, precision: str = "ieee"
-) -> list[Launch]:
+    problem: Conv2dProblem, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, *, gpu: GPU, precision: str = "ieee",
+    batch_invariant: bool = False,
+) -> list[Launch]:  # fmt: skip
     """The launches that write dx, one for each residue of the input pixel: fprop on the rephrased problems."""
     if _depthwise(problem):
         return depthwise.plan_dgrad(problem, dy, w, dx, gpu=gpu)
-    return plan_transpose(problem, dy, w, None, dx, gpu=gpu, precision=precision)
+    return plan_transpose(problem, dy, w, None, dx, gpu=gpu, precision=precision, batch_invariant=batch_invariant)
 
 
 def plan_transpose(
     problem: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, *, gpu: GPU,
-    activation: str | None = None, precision: str = "ieee",
+    activation: str | None = None, precision: str = "ieee", batch_invariant: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """As plan_dgrad, from x [N, K, P, Q] to y [N, C, H, W] of the problem, with a bias [C] and an activation."""
     return [
@@ -88,7 +93,7 @@ def plan_transpose(
         for part in problem.dgrad
         for launch in plan_fprop(
             part.problem, x, w, bias, y[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
-            gpu=gpu, filters=part.filters, activation=activation, precision=precision,
+            gpu=gpu, filters=part.filters, activation=activation, precision=precision, batch_invariant=batch_invariant,
         )
     ]  # fmt: skip
 

@@ -29,7 +29,7 @@ def conv2d_problem(
 
 def _fprop_fake(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, activation: str | None, precision: str, channels_last: bool,
+    groups: int, activation: str | None, precision: str, channels_last: bool, batch_invariant: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     problem = conv2d_problem(input.shape, weight.shape, stride, padding, dilation, groups)
     return layout.empty_image(problem.y_shape, input, channels_last)
@@ -37,33 +37,37 @@ def _fprop_fake(
 
 def _fprop(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, activation: str | None, precision: str, channels_last: bool,
+    groups: int, activation: str | None, precision: str, channels_last: bool, batch_invariant: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     problem = conv2d_problem(input.shape, weight.shape, stride, padding, dilation, groups)
     output = layout.empty_image(problem.y_shape, input, channels_last)
     if output.numel():
         plans.run(
-            launch_conv.plan_fprop, problem, input, weight, bias, output, activation=activation, precision=precision
-        )
+            launch_conv.plan_fprop, problem, input, weight, bias, output, activation=activation, precision=precision,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
     return output
 
 
 def _dgrad_fake(
     grad: torch.Tensor, weight: torch.Tensor, input_shape: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, precision: str, channels_last: bool,
+    groups: int, precision: str, channels_last: bool, batch_invariant: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     return layout.empty_image(input_shape, grad, channels_last)
 
 
 def _dgrad(
     grad: torch.Tensor, weight: torch.Tensor, input_shape: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, precision: str, channels_last: bool,
+    groups: int, precision: str, channels_last: bool, batch_invariant: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     problem = conv2d_problem(input_shape, weight.shape, stride, padding, dilation, groups)
     checks.belongs("grad", grad, problem.y_shape, weight, weight.dtype)
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
-        plans.run(launch_conv.plan_dgrad, problem, grad, weight, grad_input, precision=precision)
+        plans.run(
+            launch_conv.plan_dgrad, problem, grad, weight, grad_input, precision=precision,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
     return grad_input
 
 
@@ -89,13 +93,13 @@ def _wgrad(
 
 define(
     f"conv2d_fprop(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}, str? activation, str precision, "
-    "bool channels_last) -> Tensor",
+    "bool channels_last, bool batch_invariant=False) -> Tensor",
     _fprop,
     _fprop_fake,
 )
 define(
-    f"conv2d_dgrad(Tensor grad, Tensor weight, SymInt[4] input_shape, {GEOMETRY}, str precision, bool channels_last) "
-    "-> Tensor",
+    f"conv2d_dgrad(Tensor grad, Tensor weight, SymInt[4] input_shape, {GEOMETRY}, str precision, bool channels_last, "
+    "bool batch_invariant=False) -> Tensor",
     _dgrad,
     _dgrad_fake,
 )

@@ -14,20 +14,30 @@ from tileconv.kernels.ops.registry import Ints, define
 def _conv_transpose(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_shape: Ints, stride: Ints,
     padding: Ints, dilation: Ints, groups: int, activation: str | None, precision: str, channels_last: bool,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     problem = conv2d_problem(output_shape, weight.shape, stride, padding, dilation, groups)
     checks.belongs("input", input, problem.y_shape, weight, weight.dtype)
     output = layout.empty_image(output_shape, input, channels_last)
     if output.numel():
         plans.run(
-            launch_conv.plan_transpose, problem, input, weight, bias, output, activation=activation, precision=precision
-        )
+            launch_conv.plan_transpose, problem, input, weight, bias, output, activation=activation,
+            precision=precision, batch_invariant=batch_invariant,
+        )  # fmt: skip
     return output
+
+
+def _conv_transpose_fake(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_shape: Ints, stride: Ints,
+    padding: Ints, dilation: Ints, groups: int, activation: str | None, precision: str, channels_last: bool,
+    batch_invariant: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    return layout.empty_image(output_shape, input, channels_last)
 
 
 define(
     f"conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, SymInt[4] output_shape, {GEOMETRY}, "
-    "str? activation, str precision, bool channels_last) -> Tensor",
+    "str? activation, str precision, bool channels_last, bool batch_invariant=False) -> Tensor",
     _conv_transpose,
-    lambda input, weight, bias, output_shape, *settings: layout.empty_image(output_shape, input, settings[-1]),
+    _conv_transpose_fake,
 )
