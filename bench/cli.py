@@ -249,3 +249,4 @@ def _later(module: str, name: str, text: str) -> None:
 
 _later("tileconv.model.look", "show", "Draw a network's filters and what its layers make of a picture.")
 _later("tileconv.model.xo", "xo", "Tell an X from an O: three filters made by hand, then three found by training.")
+_later("tileconv.bench.tune", "tune", "Time tiles on a CUDA GPU and keep those that win over the cost model's choice.")

@@ -200,6 +200,11 @@ def _choose(
         tile = _interpreter_tile(replace(problem, N=1), pass_, wanted)
         return tile if wanted == "box" else replace(tile, box=(16, 1, 1))
     only = None if formulation is None else str(formulation)
+    if only is None and not batch_invariant:
+        from tileconv.kernels import tuned  # it reads ConvTile and why_invalid from here
+
+        if (measured := tuned.find(problem, pass_, dtype, precision, gpu)) is not None:
+            return measured
     best = _best_for_any_batch if batch_invariant else _best
     return best(problem, pass_, only, dtype, precision, gpu)
 
