@@ -159,7 +159,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown": (lambda d: d["entries"][0].update(speed=3), r"entries\[0\] has an unknown field 'speed'"),
     "pass": (lambda d: d["entries"][0].update({"pass": "forward"}), r"entries\[0\].pass is 'forward': allowed are"),
     "dtype": (lambda d: d["entries"][0].update(dtype="int8"), r"entries\[0\].dtype is 'int8'"),
-    "gpu": (lambda d: d["entries"][0].update(gpu=3), r"entries\[0\].gpu must be a string"),
+    "gpu name": (lambda d: d["entries"][0].update(gpu=3), r"entries\[0\].gpu must be a string"),
     "type": (lambda d: d["entries"][0]["tile"].update(block_k="64"), r"tile.block_k must be int, not '64'"),
     "bool": (lambda d: d["entries"][0]["tile"].update(num_warps=True), "tile.num_warps must be int"),
     "box": (lambda d: d["entries"][0]["tile"].update(box=[1, 2]), r"tile.box must be tuple\[int, int, int\]"),
