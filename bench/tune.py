@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from tileconv.kernels import hardware, layout, tiles, tuned
+from tileconv.kernels import hardware, layout, run_tiles, tiles, tuned
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart
 from tileconv.kernels.launch import conv as launch_conv
 from tileconv.kernels.launch import depthwise
@@ -75,11 +75,13 @@ class Outcome:
 
 
 def units(case: Case, shape: Shape, gpu: hardware.GPU) -> list[Unit]:
-    """The choices behind a case; depthwise layers, which run on kernels of their own, have none."""
+    """The choices behind a case; depthwise layers and those read in runs have none: their kernels are others."""
     if shape.op not in ("conv2d", "linear") or case.pass_ not in tiles.PASSES:
         return []
     layer = conv_problem(shape)
-    if depthwise.applies(layer):
+    itemsize = DTYPES[case.dtype].itemsize
+    in_runs = run_tiles.in_runs(layer, case.pass_, DTYPES[case.dtype], case.precision)
+    if depthwise.applies(layer) or (in_runs and layer.runs(itemsize) is not None):
         return []
     if case.pass_ == "dgrad":
         return [Unit(case, shape, layer, part.problem, part) for part in layer.dgrad if part.problem.taps]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -133,5 +134,6 @@ def test_a_call_that_wants_gradients_is_launched_within_60_microseconds(
     monkeypatch.setattr(Launch, "run", lambda self: None)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     call = CALLS[name]()
-    best = min(timeit.repeat(call, number=100, repeat=50)) / 100 * 1e6
+    # Time of this thread, in rounds shorter than a scheduler's turn: what else runs on the machine counts little.
+    best = min(timeit.repeat(call, number=20, repeat=250, timer=time.thread_time)) / 20 * 1e6
     assert best <= LIMIT_US * SLACK, f"{name} took {best:.1f} us on the host"

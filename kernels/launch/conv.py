@@ -49,7 +49,9 @@ def plan_fprop(
     if filters is None and _depthwise(problem):
         return depthwise.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation)
     if filters is None and runs.applies(problem, "fprop", x, precision):
-        return runs.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation, precision=precision)
+        return runs.plan_fprop(
+            problem, x, w, bias, y, gpu=gpu, activation=activation, precision=precision, batch_invariant=batch_invariant
+        )
     filters = filters or problem.filters
     if tiles.first_layer(problem, "dgrad" if filters.transposed else "fprop", x.dtype, gpu):
         blocks, x, first = _to_depth(problem, x, gpu)
