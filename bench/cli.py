@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -105,14 +105,20 @@ def bench(
 
 @app.command()
 def inspect(
-    suite: Annotated[str, typer.Option(help="Which network's layers.")] = "alexnet",
+    suite: Annotated[
+        str, typer.Option(help="Which layers: a suite's name (tileconv suites lists them), or a YAML or CSV file.")
+    ] = "alexnet",
+    from_model: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:CALLABLE", help="Instead: the layers that the model it returns calls."),
+    ] = None,
     arch: Annotated[list[str] | None, typer.Option(help="sm_80 ... sm_120 or gfx942; may be given again.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, tf32, fp32 or fp64; may be given again.")] = None,
     pass_: Annotated[
         list[str] | None,
         typer.Option("--pass", help="fprop, dgrad, wgrad, forward or backward; may be given again. Default: all."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Batch size of the launches.")] = 128,
+    batch: Annotated[int | None, typer.Option(help="Batch size of the launches. Default: the suite's own.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="A layer's name; may be given again. Default: all.")] = None,
     jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 2,
     json_file: Annotated[
@@ -144,10 +150,12 @@ def inspect(
     from .networks import known
     from .peers import inspect_peers
     from .records import save
+    from .suites import suite_of
 
     console = Console()
     started = datetime.now(UTC)
     try:
+        suite = from_model or suite
         archs = [known("arch", a, ARCHS) for a in arch or ["sm_90"]]
         forced = _tile_fields(override or [])
         todo = cases(suite, batch, dtype or ["fp16"], pass_ or PASSES, layer or ())
@@ -162,18 +170,22 @@ def inspect(
             others = []
             if peers:
                 others = inspect_peers(todo, archs, jobs=jobs, cached=not no_cache, progress=progress("peers"))
-        chosen = {"arch": archs, "dtype": dtype or [], "pass": pass_ or [], "layer": layer or [],
+        batches = [] if batch is None else [str(batch)]
+        chosen = {"batch": batches, "arch": archs, "dtype": dtype or [], "pass": pass_ or [], "layer": layer or [],
                   "override": override or []}  # fmt: skip
         options = [f"--{name} {value}" for name, values in chosen.items() for value in values]
         options += ["--peers"] if peers else []
-        command = " ".join(["tileconv inspect", f"--suite {suite} --batch {batch}", *options])
+        which = f"--from-model {suite}" if from_model else f"--suite {suite}"
+        command = " ".join(["tileconv inspect", which, *options])
         seconds = (datetime.now(UTC) - started).total_seconds()
-        record = inspection_record(rows, suite, command, started, seconds, others)
+        record = inspection_record(rows, suite_of(suite).name, command, started, seconds, others)
         if json_file is not None:
             save(record, json_file)
     except (ValueError, ImportError, OSError) as error:
         _fail(error)
     _print_inspections(console, record)
+    for name in suite_of(suite).left_out:
+        _say(console, f"Left out, because there is no kernel for it: {name}")
     if any(item.failure for item in record.inspections):
         raise typer.Exit(1)
 
@@ -212,7 +224,6 @@ def _print_inspections(console: Console, record: Record) -> None:
     from .report_inspected import inspected_line, inspection_cells, modelled_line, peer_table, shortfall_table
 
     rows = record.inspections
-    wide = console if console.is_terminal else Console(width=500)
     short = shortfall_table(rows)
     beside = peer_table(record)
     parts = (
@@ -221,17 +232,25 @@ def _print_inspections(console: Console, record: Record) -> None:
         ("Beside peers (theirs at best, ours modelled)", (beside.header, beside.rows)),
     )
     for title, (header, cells) in parts:
-        table = Table(box=None, pad_edge=False, title=title or None, title_justify="left")
-        for name in header:
-            table.add_column(name, overflow="fold")
-        for line in cells:
-            table.add_row(*line)
-        if cells:
-            wide.print(table, highlight=False, markup=False)
+        _print_table(console, title, header, cells)
     if record.peers and (lost := flaggems.missing()):
         _say(console, f"Peers: {lost}.")
     _say(console, f"Inspected: {inspected_line(rows)}")
     _say(console, f"Modelled: {modelled_line(rows)}")
+
+
+@app.command("suites")
+def list_suites() -> None:
+    """List the built-in suites: how many layers, at which batch sizes, and where they come from."""
+    from .suites import SUITES
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("suite", "layers", "batch", "what", "source"):
+        table.add_column(name, overflow="fold")
+    for suite in SUITES.values():
+        table.add_row(suite.name, str(len(suite.shapes())), suite.batch, suite.description, suite.source)
+    console = Console()
+    (console if console.is_terminal else Console(width=500)).print(table, highlight=False, markup=False)
 
 
 @app.command()
@@ -255,6 +274,59 @@ def report(
     _say(console, f"Report: {paths[0]}")
     for line in headline(loaded):
         _say(console, line)
+
+
+@app.command("compare")
+def compare_command(
+    a: Annotated[Path, typer.Argument(metavar="A.json", help="The record to hold the other one against.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="The newer record.")],
+    fail_above: Annotated[str, typer.Option(help="How much slower a row may be, in percent.")] = "5%",
+    force: Annotated[bool, typer.Option("--force", help="Compare records of different devices all the same.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also list the rows that did not change.")] = False,
+) -> None:
+    """Compare two records: exit status 1 where ours became slower by more than noise, 2 where they cannot be compared.
+
+    Timings, where both have some; else modelled times and machine code.
+    """
+    from .compare import COLUMNS, compare, percentage
+    from .records import load
+
+    try:
+        found = compare(load(a), load(b), percentage(fail_above), force=force)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    console = Console()
+    shown = [row.cells for row in found.rows if every or row.verdict != "same"]
+    _print_table(console, f"{b} against {a}: {found.kind}", COLUMNS, shown)
+    for title, names in (("Only in A", found.only_a), ("Only in B", found.only_b)):
+        for name in names[:20]:
+            _say(console, f"{title}: {name}")
+        if len(names) > 20:
+            _say(console, f"{title}: and {len(names) - 20} more")
+    for note in found.notes:
+        _say(console, f"Different versions: {note}")
+    moved = sum(row.verdict == "rival moved" for row in found.rows)
+    if moved:
+        _say(console, f"{moved} rows of rivals moved as well: the machine may not be in the same state.")
+    _say(
+        console,
+        f"{len(found.regressions)} regressions above {fail_above} in {len(found.rows)} rows ({found.kind}); "
+        f"{len(found.only_a)} rows only in A, {len(found.only_b)} only in B",
+    )
+    if found.regressions:
+        raise typer.Exit(1)
+
+
+def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain table, as wide as it needs to be when nobody watches; nothing for no rows."""
+    wide = console if console.is_terminal else Console(width=500)
+    table = Table(box=None, pad_edge=False, title=title or None, title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for line in rows:
+        table.add_row(*line)
+    if rows:
+        wide.print(table, highlight=False, markup=False)
 
 
 @app.command()

@@ -15,7 +15,8 @@ from .cases import FORWARD, PASSES, cases
 from .check import checks
 from .inspect import inspect_all
 from .memory import alexnet_saved
-from .records import Check, Inspection, Record, Saved, Timing, from_data, save
+from .published import published_gemms
+from .records import Check, Inspection, Published, Record, Saved, Timing, from_data, save
 from .report import render_report
 from .timing import Timer
 from .workers import Progress
@@ -97,6 +98,7 @@ def run_job(
         inspections=_rows(Inspection, inspect_rows),
         timings=tuple(timings),
         saved=_rows(Saved, alexnet_saved()),
+        published=_rows(Published, published_gemms()),
     )
     data = out / "data" / f"{device.slug}.json"
     save(record, data)
@@ -122,6 +124,7 @@ def inspection_record(
         command=command,
         inspections=_rows(Inspection, rows),
         peers=_rows(Inspection, peers),
+        published=_rows(Published, published_gemms()),
     )
 
 

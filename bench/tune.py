@@ -79,13 +79,12 @@ def units(case: Case, shape: Shape, gpu: hardware.GPU) -> list[Unit]:
     if shape.op not in ("conv2d", "linear") or case.pass_ not in tiles.PASSES:
         return []
     layer = conv_problem(shape)
-    itemsize = DTYPES[case.dtype].itemsize
-    in_runs = run_tiles.in_runs(layer, case.pass_, DTYPES[case.dtype], case.precision)
-    if depthwise.applies(layer) or (in_runs and layer.runs(itemsize) is not None):
+    dtype = DTYPES[case.dtype]
+    if depthwise.applies(layer) or run_tiles.in_runs(layer, case.pass_, dtype, case.precision):
         return []
     if case.pass_ == "dgrad":
         return [Unit(case, shape, layer, part.problem, part) for part in layer.dgrad if part.problem.taps]
-    blocked = tiles.first_layer(layer, case.pass_, DTYPES[case.dtype], gpu)
+    blocked = tiles.first_layer(layer, case.pass_, dtype, gpu)
     return [Unit(case, shape, layer, layer.space_to_depth if blocked else layer)]
 
 

@@ -322,7 +322,9 @@ def _time(
 ) -> float:  # fmt: skip
     predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
     # Where most SMs idle, a step's latency decides, and of that the model knows least: ask for a tenth more.
-    return predicted.modelled_us * (1.1 if predicted.ctas < gpu.sms / 2 else 1.0)
+    us = predicted.modelled_us * (1.1 if predicted.ctas < gpu.sms / 2 else 1.0)
+    # Tensor cores of half the width (sm_86, sm_89) hide any tile's instructions and traffic; they cost power still.
+    return us if gpu.arch >= 90 else us + 0.1 * (predicted.issue_us + predicted.l2_us)
 
 
 def candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> list[ConvTile]:
@@ -446,19 +448,23 @@ def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
     stages = 4 if gpu.shared_block > 120_000 else 3
     if pass_ == "wgrad":
         tiles = [
-            ConvTile("gather", (depth, 1, 1), block_k, block_c, 8, 3, flat=True)
-            for block_k, block_c in itertools.product((32, 64, 128), (32, 64, 128))
+            ConvTile("gather", (pixels, 1, 1), block_k, block_c, 8, 3, flat=True)
+            for pixels, block_k, block_c in itertools.product((depth, 2 * depth), (32, 64, 128), (32, 64, 128))
             if block_k * block_c * dtype.itemsize <= 32_768  # 128 x 128 of 4-byte elements spills
+            and (pixels == depth or min(block_k, block_c) == 128)
         ]
         return [replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile, gpu)]
     if problem.group_channels < 16:
         # Two-byte loads and their addresses fill the registers: 64 filters and 8 warps are the most without spills.
         return [ConvTile("gather", (128, 1, 1), block_k, 32, 8, 2, flat=True) for block_k in (16, 32, 64)]
+    # Channels that do not come in 16 bytes are fetched one by one, those of fp16 through registers: with four warps
+    # 128 x 128 spills 2586 times and 128 x 64 161 times, with eight warps 128 x 64 never.
+    narrow = problem.group_channels * dtype.itemsize % 16 != 0
     tiles = [
-        ConvTile("gather", (pixels, 1, 1), block_k, depth, 4, stages)
+        ConvTile("gather", (pixels, 1, 1), block_k, depth, 8 if narrow and pixels * block_k > 4096 else 4, stages)
         for pixels, block_k in itertools.product((64, 128), (16, 32, 64, 128))
     ]
-    most = 8192 if dtype == torch.float32 else 16_384
+    most = 8192 if dtype == torch.float32 or narrow else 16_384
     return [tile for tile in tiles if tile.block_k * tile.pixels <= most]
 
 

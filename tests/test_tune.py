@@ -74,9 +74,8 @@ def test_a_strided_gradient_has_a_choice_for_every_residue() -> None:
 
 def test_a_first_layer_is_tuned_as_the_blocked_one() -> None:
     shape = Shape("first", "conv2d", nn.Conv2d(3, 8, 7, 4, 2, device="meta"), (2, 3, 15, 15), "relu")
-    case = Case("alexnet", "conv1", "fprop", 2, "fp16")
-    assert tune.units(case, dataclasses.replace(shape, input=(2, 3, 15, 16)), H100) == [], "read in runs"
-    [unit] = tune.units(case, shape, H100)
+    assert tune.units(Case("alexnet", "conv1", "fprop", 2, "fp16"), shape, H100) == [], "read in runs"
+    [unit] = tune.units(Case("alexnet", "conv1", "wgrad", 2, "tf32"), shape, H100)
     assert unit.problem == unit.layer.space_to_depth
     assert tune.tune_unit(unit, Stub([5.0]), H100, "cpu", count=1).refused == ()
 

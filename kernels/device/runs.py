@@ -142,8 +142,8 @@ def wgrad_runs(
     start = v + (tl.cast(run // R, INDEX) * (stride_xc * ALIGN) + r.to(INDEX) * (stride_xh * ALIGN))[None, :]
     inside = (v >= 0) & (v < W * ALIGN) & (q < Q)[:, None] & ((run < C * R) & (d % RUN < LOADED))[None, :]
     r = tl.where(inside, r[None, :], -2 * _FAR)
-    grads = dy + q.to(INDEX)[:, None] * stride_yq + k.to(INDEX)[None, :] * stride_yk
-    inside_y = (q < Q)[:, None] & (k < K)[None, :]
+    grads = dy + k.to(INDEX)[:, None] * stride_yk + q.to(INDEX)[None, :] * stride_yq
+    inside_y = (k < K)[:, None] & (q < Q)[None, :]
     share = tl.cdiv(N * P, SPLITS)
     begin = split * share
     p = begin % P
@@ -154,7 +154,7 @@ def wgrad_runs(
         h = p * STRIDE_H + r
         patch = tl.load(x + (row + start), mask=h.to(tl.uint32) < H.to(tl.uint32), other=0.0)
         grad = tl.load(grads + (n * stride_yn + tl.cast(p, INDEX) * stride_yp), mask=inside_y, other=0.0)
-        acc = tl.dot(grad.T, patch, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(grad, patch, acc, input_precision=PRECISION, out_dtype=ACC)
         p += 1
         wrap = p >= P
         p = tl.where(wrap, 0, p)
