@@ -7,26 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .records import replace_text
 
-VARIABLE = "TILECONV_CACHE"  # another folder; empty: no cache
+VARIABLE = "TILECONV_CACHE"  # as kernels.tuned.CACHE_VARIABLE, which is imported late: with it comes Triton
 
 
 def folder() -> Path | None:
-    """Where facts are kept: $TILECONV_CACHE, or the user's cache folder; None where the variable is set and empty."""
-    wish = os.environ.get(VARIABLE)
-    if wish is not None:
-        return Path(wish) / "inspect" if wish else None
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "tileconv" / "inspect"
-    except RuntimeError:  # a user without a home
-        return None
+    """Where facts are kept: in the user's folder; None where there is none."""
+    from tileconv.kernels.tuned import user_folder
+
+    base = user_folder()
+    return None if base is None else base / "inspect"
 
 
 @cache

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -128,9 +128,18 @@ def inspect(
         Path | None, typer.Option("--json", help="Also write a record, which `tileconv report` renders.")
     ] = None,
     peers: Annotated[
-        bool, typer.Option("--peers", help="Also compile PyTorch Inductor's Triton convolutions, side by side.")
+        bool,
+        typer.Option(
+            "--peers", help="Also compile PyTorch Inductor's (and FlagGems', if installed) Triton convolutions."
+        ),
     ] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew what an earlier run read.")] = False,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Force a field of the convolutions' tiles, as num_stages=2 or box=128x1x1; may be given again."
+        ),
+    ] = None,
 ) -> None:
     """Compile what would be launched, for GPUs that need not be there: what it is made of, and the model's time for it.
 
@@ -151,18 +160,22 @@ def inspect(
     try:
         suite = from_model or suite
         archs = [known("arch", a, ARCHS) for a in arch or ["sm_90"]]
+        forced = _tile_fields(override or [])
         todo = cases(suite, batch, dtype or ["fp16"], pass_ or PASSES, layer or ())
         if not todo:
             raise ValueError("no layer of the suite has such a pass: nothing to inspect")
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise ValueError(f"json={str(json_file)!r}: its directory does not exist")
         with steps(Console(stderr=True)) as progress:
-            rows = inspect_all(todo, archs, jobs=jobs, cached=not no_cache, progress=progress("inspect"))
+            rows = inspect_all(
+                todo, archs, jobs=jobs, cached=not no_cache, override=forced, progress=progress("inspect")
+            )
             others = []
             if peers:
                 others = inspect_peers(todo, archs, jobs=jobs, cached=not no_cache, progress=progress("peers"))
         batches = [] if batch is None else [str(batch)]
-        chosen = {"batch": batches, "arch": archs, "dtype": dtype or [], "pass": pass_ or [], "layer": layer or []}
+        chosen = {"batch": batches, "arch": archs, "dtype": dtype or [], "pass": pass_ or [], "layer": layer or [],
+                  "override": override or []}  # fmt: skip
         options = [f"--{name} {value}" for name, values in chosen.items() for value in values]
         options += ["--peers"] if peers else []
         which = f"--from-model {suite}" if from_model else f"--suite {suite}"
@@ -180,8 +193,37 @@ def inspect(
         raise typer.Exit(1)
 
 
+def _tile_fields(settings: list[str]) -> dict[str, Any]:
+    """Fields of ConvTile from texts such as num_stages=2; ValueError for an unknown field or another type."""
+    from dataclasses import fields
+
+    from tileconv.kernels.tiles import ConvTile
+
+    from .networks import known
+
+    kinds = {field.name: str(field.type) for field in fields(ConvTile)}
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        kind = kinds[known("override", name, kinds)]
+        try:
+            values = [int(part) for part in text.split("x")] if kind not in ("str", "bool") else []
+        except ValueError:
+            values = []
+        if kind == "str":
+            found[name] = text
+        elif kind == "bool" and text in ("true", "false"):
+            found[name] = text == "true"
+        elif values and len(values) == kind.count("int"):
+            found[name] = values if len(values) > 1 else values[0]
+        else:
+            raise ValueError(f"override={setting!r}: {name} is a {kind}, as num_stages=2, box=128x1x1 or shift=true")
+    return found
+
+
 def _print_inspections(console: Console, record: Record) -> None:
     """A table of launches, then what falls short, as wide as they need to be when nobody watches."""
+    from . import flaggems
     from .report_inspected import inspected_line, inspection_cells, modelled_line, peer_table, shortfall_table
 
     rows = record.inspections
@@ -190,12 +232,12 @@ def _print_inspections(console: Console, record: Record) -> None:
     parts = (
         ("", inspection_cells(rows)),
         ("Falls short", (short.header, short.rows)),
-        ("Beside Inductor's templates (theirs at best, ours modelled)", (beside.header, beside.rows)),
+        ("Beside peers (theirs at best, ours modelled)", (beside.header, beside.rows)),
     )
     for title, (header, cells) in parts:
         _print_table(console, title, header, cells)
-    if record.peers:
-        _say(console, "Peers: FlagGems is not a dependency and not compared here.")
+    if record.peers and (lost := flaggems.missing()):
+        _say(console, f"Peers: {lost}.")
     _say(console, f"Inspected: {inspected_line(rows)}")
     _say(console, f"Modelled: {modelled_line(rows)}")
 
@@ -325,3 +367,4 @@ def _later(module: str, name: str, text: str) -> None:
 _later("tileconv.model.look", "show", "Draw a network's filters and what its layers make of a picture.")
 _later("tileconv.model.xo", "xo", "Tell an X from an O: three filters made by hand, then three found by training.")
 _later("tileconv.bench.dense", "dense", "Compare dense evaluation with separate crops: operations, modelled time.")
+_later("tileconv.bench.tune", "tune", "Time tiles on a CUDA GPU and keep those that win over the cost model's choice.")

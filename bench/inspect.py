@@ -175,15 +175,21 @@ def failed(reason: str) -> dict[str, Any]:
     return NO_LAUNCH | LOST | NOTHING | {"failure": reason}
 
 
-def inspect_case(case: Case, arch: str) -> list[dict[str, Any]]:
-    """One row for every launch of a case; a launch that does not compile gives a row that says why."""
+def inspect_case(case: Case, arch: str, override: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """One row for every launch of a case; a launch that does not compile gives a row that says why.
+
+    `override` are fields of ConvTile for its convolutions; ValueError where a tile with them cannot run.
+    """
+    from tileconv.kernels import tiles
+
     from .cases import launches
     from .predictions import NOTHING, PRODUCTS, predictions
 
     # A gfx target gets the pointer kernels that the oldest GPU of the table gets: it has no tensor descriptors.
     gpu = gpu_of(arch)
-    planned = launches(case, gpu or gpu_of("sm_80"))
-    modelled = [NOTHING] * len(planned) if gpu is None else predictions(case, planned, gpu)
+    with tiles.override(**{n: tuple(v) if isinstance(v, list) else v for n, v in (override or {}).items()}):
+        planned = launches(case, gpu or gpu_of("sm_80"))
+        modelled = [NOTHING] * len(planned) if gpu is None else predictions(case, planned, gpu)
     multiplies = any(launch.kernel.__name__ in PRODUCTS for launch in planned)
     rows = []
     for step, (launch, prediction) in enumerate(zip(planned, modelled, strict=True)):
@@ -198,19 +204,22 @@ def inspect_case(case: Case, arch: str) -> list[dict[str, Any]]:
 
 
 def inspect_all(
-    cases: Sequence[Case], archs: Sequence[str], *, jobs: int = 2, cached: bool = True, progress: Progress | None = None
-) -> list[dict[str, Any]]:
+    cases: Sequence[Case], archs: Sequence[str], *, jobs: int = 2, cached: bool = True,
+    override: dict[str, Any] | None = None, progress: Progress | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Inspection rows (JSON of records.Inspection) for every case on every architecture, in that order.
 
     Compiles in `jobs` worker processes, because this process may be interpreting. `progress(done, total, label)` is
-    called after each case. `cached` False compiles what an earlier run kept. Raises ValueError for an unknown
-    architecture.
+    called after each case. `cached` False compiles what an earlier run kept; `override` as in inspect_case. Raises
+    ValueError for an unknown architecture.
     """
     import triton
 
     for arch in archs:
         known("arch", arch, ARCHS)
-    tasks: list[Task] = [case.to_json() | {"arch": arch, "case": str(case)} for arch in archs for case in cases]
+    tasks: list[Task] = [
+        case.to_json() | {"arch": arch, "case": str(case), "override": override} for arch in archs for case in cases
+    ]
     answers = run_tasks(
         "tileconv.bench.inspect",
         tasks,
@@ -234,7 +243,7 @@ def main() -> None:
     """The worker: a case and an arch a line in, {"rows": [...]} a line out."""
     if sys.argv[1:] != ["--worker"]:
         raise SystemExit("usage: python -m tileconv.bench.inspect --worker (reads JSON cases on stdin)")
-    serve(lambda task: {"rows": inspect_case(Case.from_json(task), task["arch"])})
+    serve(lambda task: {"rows": inspect_case(Case.from_json(task), task["arch"], task["override"])})
 
 
 if __name__ == "__main__":

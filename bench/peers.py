@@ -1,9 +1,10 @@
-"""PyTorch Inductor's Triton convolutions for the same layers, rendered from the installed torch and compiled alike.
+"""Other projects' Triton convolutions for the same layers: PyTorch Inductor's, rendered from the installed torch, and
+FlagGems' where it is installed; compiled alike.
 
-Inductor times every entry of a list of tiles on the GPU that it runs on.  Without one, each entry is compiled and the
-one that could be fastest is kept, of those that spill no registers if there are any.  Its time is a lower bound, `at
-best`: tensor cores, the instructions that its loop issues, L2 and DRAM, with neither start, waves nor latency.  That
-favours the peer.
+Both time every entry of a list of tiles on the GPU that they run on.  Without one, each entry is compiled and the one
+that could be fastest is kept, of those that spill no registers if there are any.  Its time is a lower bound, `at best`:
+tensor cores, the instructions that its loop issues, L2 and DRAM, with neither start, waves nor latency.  That favours
+the peer.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import flaggems
 from .cases import DTYPES, Case, conv_problem, shape_of
 from .inspect import COMPILING, failed, gpu_and_limit, gpu_of, inspect_launch
 from .networks import known
@@ -157,16 +161,35 @@ def at_best(case: Case, config: Any, facts: dict[str, Any], gpu: Any) -> dict[st
     }  # fmt: skip
 
 
-def inspect_peer(case: Case, arch: str) -> dict[str, Any]:
-    """The entry of Inductor's list that could be fastest for a case, as a row of records.Inspection."""
+@dataclass(frozen=True)
+class Peer:
+    """Another project's list of tiles for a case, and its launch with one of them."""
+
+    kernel: str
+    configs: list[Any]
+    launch: Callable[[Any], Any]
+
+
+def peer_of(name: str, case: Case, folder: Path) -> Peer:
+    """The peer of that name ("Inductor" or "FlagGems") for a case; sources that it needs go to `folder`."""
+    if name == "FlagGems":
+        kernel = f"FlagGems {flaggems.LISTS[case.pass_]}"
+        return Peer(kernel, flaggems.configs(case.pass_), partial(flaggems.launch_of, case))
+    kernel = f"Inductor {NAMES[case.pass_].removesuffix('_template')}"
+    return Peer(kernel, configs(), lambda config: launch_of(case, config, folder))
+
+
+def inspect_peer(case: Case, arch: str, name: str = "Inductor") -> dict[str, Any]:
+    """The entry of a peer's list that could be fastest for a case, as a row of records.Inspection."""
     gpu = gpu_of(arch)
     place = {"step": 0, "steps": 1, "role": "main"}
     best: dict[str, Any] | None = None
     reason = "every entry failed to compile"
     with tempfile.TemporaryDirectory() as folder:
-        for config in configs():
+        peer = peer_of(name, case, Path(folder))
+        for config in peer.configs:
             try:
-                launch = launch_of(case, config, Path(folder))
+                launch = peer.launch(config)
                 facts = inspect_launch(launch, arch)
             except Exception as error:
                 reason = describe_error(error)
@@ -176,7 +199,7 @@ def inspect_peer(case: Case, arch: str) -> dict[str, Any]:
             row = place | facts | at_best(case, config, facts, gpu)
             if best is None or _rank(row) < _rank(best):
                 best = row
-    return (best or failed(reason)) | {"kernel": f"Inductor {NAMES[case.pass_].removesuffix('_template')}"}
+    return (best or failed(reason)) | {"kernel": peer.kernel}
 
 
 def _rank(row: dict[str, Any]) -> tuple[bool, float]:
@@ -186,21 +209,30 @@ def _rank(row: dict[str, Any]) -> tuple[bool, float]:
 def inspect_peers(
     cases: Sequence[Case], archs: Sequence[str], *, jobs: int = 2, cached: bool = True, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """Rows (JSON of records.Inspection) of Inductor's kernels for the cases that it has templates for.
+    """Rows (JSON of records.Inspection) of the peers' kernels for the cases that they have kernels for.
 
-    As inspect_all; raises ValueError for an architecture on which this comparison has no model.
+    As inspect_all; raises ValueError for an architecture on which this comparison has no model.  FlagGems' come after
+    Inductor's, where flaggems.missing() is None.
     """
     from .cache import VARIABLE
 
     for arch in archs:
         known("arch", arch, ARCHS)
-    tasks: list[Task] = [c.to_json() | {"arch": arch, "case": str(c)} for arch in archs for c in peer_cases(cases)]
+    names = [("Inductor", peer_cases(cases))]
+    if flaggems.missing() is None:
+        names.append(("FlagGems", [case for case in cases if flaggems.takes(case)]))
+    tasks: list[Task] = [
+        case.to_json() | {"arch": arch, "case": str(case), "peer": name}
+        for name, own in names
+        for arch in archs
+        for case in own
+    ]
     answers = run_tasks(
         "tileconv.bench.peers",
         tasks,
         jobs=jobs,
         environment=COMPILING if cached else COMPILING | {VARIABLE: ""},
-        label=lambda task: f"{task['layer']} {task['pass_']} {task['dtype']} {task['arch']}",
+        label=lambda task: f"{task['layer']} {task['pass_']} {task['dtype']} {task['arch']} {task['peer']}",
         progress=progress,
     )
     import triton
@@ -220,7 +252,7 @@ def main() -> None:
     """The worker: a case and an arch a line in, {"row": {...}} a line out."""
     if sys.argv[1:] != ["--worker"]:
         raise SystemExit("usage: python -m tileconv.bench.peers --worker (reads JSON cases on stdin)")
-    serve(lambda task: {"row": inspect_peer(Case.from_json(task), task["arch"])})
+    serve(lambda task: {"row": inspect_peer(Case.from_json(task), task["arch"], task["peer"])})
 
 
 if __name__ == "__main__":

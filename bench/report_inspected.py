@@ -195,9 +195,12 @@ def peer_section(record: Record) -> list[Block]:
         "Inductor's Triton templates from the torch of this record, every entry of its list of tiles compiled, the one "
         "that could be fastest kept (of those without spills, if any). Its time is a lower bound: tensor cores, issued "
         "instructions, L2 and DRAM, without start, waves and latency; ours is the full model with all helper kernels. "
-        "Neither is a measurement. Beside these templates Inductor may call cuDNN, which cannot be inspected. FlagGems "
-        "is not a dependency and not compared here."
+        "Neither is a measurement. Beside these templates Inductor may call cuDNN, which cannot be inspected. "
     )
+    if any(peer.kernel.startswith("FlagGems") for peer in record.peers):
+        text += "FlagGems' kernels, from its installed package, are compiled likewise from its own list of tiles."
+    else:
+        text += "FlagGems is not a dependency and not compared here."
     return [Heading("Peers"), Paragraph(text), peer_table(record)]
 
 

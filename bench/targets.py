@@ -16,6 +16,7 @@ from .records import Inspection
 TENSOR_DTYPES = ("fp16", "bf16", "tf32")
 PRODUCT_PASSES = ("fprop", "dgrad", "wgrad")
 WIDE_LAYERS = ("conv2", "conv3", "conv4", "conv5")
+DEPTHWISE = ("fprop", "wgrad")  # the kernels of device/depthwise.py: they only move bytes
 AMPERE = ("sm_80", "sm_86", "sm_89")
 BLACKWELL = ("sm_100", "sm_120")
 BATCH = 128  # the batch that the modelled limits are stated for
@@ -164,7 +165,8 @@ def _requested(item: Inspection) -> float | None:
 
 
 def _product(item: Inspection) -> bool:
-    return item.pass_ in PRODUCT_PASSES and item.role == "main" and item.dtype in TENSOR_DTYPES
+    multiplies = item.pass_ in PRODUCT_PASSES and item.kernel not in DEPTHWISE
+    return multiplies and item.role == "main" and item.dtype in TENSOR_DTYPES
 
 
 def _on(*archs: str) -> Callable[[Inspection], bool]:
@@ -172,7 +174,8 @@ def _on(*archs: str) -> Callable[[Inspection], bool]:
 
 
 def _memory_bound(item: Inspection) -> bool:
-    return item.layer.startswith(("pool", "avgpool", "norm")) and item.arch.startswith("sm_") and item.role == "main"
+    moves = item.layer.startswith(("pool", "avgpool", "norm")) or item.kernel in DEPTHWISE
+    return moves and item.arch.startswith("sm_") and item.role == "main"
 
 
 def _wide_convolution(item: Inspection) -> bool:
@@ -187,6 +190,10 @@ def _is_stated(item: Inspection) -> bool:
 def _subject(item: Inspection, part: str) -> str:
     """A layer's name; with its network's, where that is not the one that most lines are about."""
     return part if item.network == NETWORKS[0] else f"{item.network} {part}"
+
+
+def _small_batch(item: Inspection) -> bool:
+    return _on("sm_90")(item) and item.layer.startswith("conv") and item.batch < BATCH
 
 
 def _number(value: float | None) -> str:
@@ -220,6 +227,10 @@ LAUNCH_TARGETS = (
     LaunchTarget(
         "useful rows x useful columns", _useful, {"": 0.95}, _wide_convolution, lambda i: _number(_useful(i)),
         at_least=True,
+    ),
+    LaunchTarget(
+        "busy share of the SMs, small batches", lambda i: i.wave_efficiency, {"": 0.5}, _small_batch,
+        lambda i: f"{_number(i.wave_efficiency)} ({i.ctas} CTAs)", at_least=True,
     ),
     LaunchTarget("16-byte LDGSTS", _wide_copies, {"": True}, _on(*AMPERE), _loads),
     LaunchTarget(

@@ -63,6 +63,13 @@ def pair(name: str, value: Any, least: int) -> tuple[int, int]:
     return single, single
 
 
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """One of a few values."""
     if value not in allowed:

@@ -12,6 +12,7 @@ from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.tiles import ConvTile, forced, power_of_two
 
+TYPICAL_BATCH = 32
 # (pixels, filters, depth of a step, warps).  Compiled for sm_80 and sm_90 none spills, and on sm_90 no product waits
 # for another; 256 pixels x 64 filters in four warps only from sm_90 on.
 FPROP = (
@@ -35,8 +36,17 @@ def in_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: s
 
 
 @lru_cache(maxsize=1024)
-def choose_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> ConvTile:
-    """The tile with the least predicted time: box[0] is output pixels, in wgrad of one row, block_c is (c, r, e)."""
+def choose_runs(
+    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, batch_invariant: bool = False
+) -> ConvTile:
+    """The tile with the least predicted time: box[0] is output pixels, in wgrad of one row, block_c is (c, r, e).
+
+    With batch_invariant it is the tile of one batch size for all of them.
+    """
+    if batch_invariant:
+        tile = choose_runs(replace(problem, N=TYPICAL_BATCH), pass_, dtype, precision, gpu)
+        # As in tiles.choose: numpy's library adds in an order that the place in a block decides, but not in small ones.
+        return replace(tile, box=(16, 1, 1)) if gpu.interprets else tile
     runs = problem.runs(dtype.itemsize)
     assert runs is not None
     filters = max(power_of_two(problem.K), 16)

@@ -18,6 +18,7 @@ from tileconv.kernels.hardware import GPU, triton_version
 FORMULATIONS = ("pixel", "box", "gather")
 PASSES = ("fprop", "dgrad", "wgrad")
 MAX_NUMEL = 1 << 20  # Triton's limit for the elements of one block
+BATCHES = (1, 8, 32, 128)  # what a choice that may not depend on the batch is weighed for
 
 
 @dataclass(frozen=True)
@@ -167,16 +168,20 @@ def forced() -> dict[str, object]:
     return {name: value for override_ in _overrides for name, value in override_.items()}
 
 
-def choose(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> ConvTile:
+def choose(
+    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, *, batch_invariant: bool = False
+) -> ConvTile:
     """The tile for one pass of a problem: a pure function of its arguments, outside `override`.
 
-    A dgrad problem is the rephrased one, geometry.DgradPart.problem.
+    A dgrad problem is the rephrased one, geometry.DgradPart.problem.  With batch_invariant problem.N has no say in the
+    order in which an output is summed (`order`).
     """
     changes = forced()
     if not changes:
-        return _choose(problem, pass_, dtype, precision, gpu, None)
+        return _choose(problem, pass_, dtype, precision, gpu, None, batch_invariant)
     formulation = changes.pop("formulation", None)
-    tile = replace(_choose(problem, pass_, dtype, precision, gpu, formulation), **changes)  # type: ignore[arg-type]
+    chosen = _choose(problem, pass_, dtype, precision, gpu, formulation, batch_invariant)
+    tile = replace(chosen, **changes)  # type: ignore[arg-type]
     if reason := why_invalid(tile, problem, pass_, dtype, gpu):
         raise ValueError(f"the tile override cannot be honoured: {reason}")
     return tile
@@ -184,11 +189,24 @@ def choose(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: st
 
 @lru_cache(maxsize=4096)
 def _choose(
-    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, formulation: object
-) -> ConvTile:
+    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, formulation: object,
+    batch_invariant: bool = False,
+) -> ConvTile:  # fmt: skip
     if gpu.interprets:
-        return _interpreter_tile(problem, pass_, str(formulation or _interpreter_formulation(problem, pass_, dtype)))
-    return _best(problem, pass_, None if formulation is None else str(formulation), dtype, precision, gpu)
+        wanted = str(formulation or _interpreter_formulation(problem, pass_, dtype))
+        if not batch_invariant:
+            return _interpreter_tile(problem, pass_, wanted)
+        # There numpy's library adds in an order that the shape of a block decides, and from 32 columns on the column.
+        tile = _interpreter_tile(replace(problem, N=1), pass_, wanted)
+        return tile if wanted == "box" else replace(tile, box=(16, 1, 1))
+    only = None if formulation is None else str(formulation)
+    if only is None and not batch_invariant:
+        from tileconv.kernels import tuned  # it reads ConvTile and why_invalid from here
+
+        if (measured := tuned.find(problem, pass_, dtype, precision, gpu)) is not None:
+            return measured
+    best = _best_for_any_batch if batch_invariant else _best
+    return best(problem, pass_, only, dtype, precision, gpu)
 
 
 def _interpreter_formulation(problem: Conv2dProblem, pass_: str, dtype: torch.dtype) -> str:
@@ -225,6 +243,68 @@ def _best(
     problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> ConvTile:
     """The candidate with the least predicted time; of equals the first."""
+    found = ranked(problem, pass_, formulation, dtype, precision, gpu)
+    return found[0] if found else _impossible(formulation)
+
+
+def _impossible(formulation: str | None) -> ConvTile:
+    """For a formulation that was asked for and cannot run: choose() says why."""
+    return ConvTile(str(formulation), (64, 1, 1), 64, 32)
+
+
+def ranked(
+    problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
+) -> list[ConvTile]:
+    """The candidates by predicted time, the quickest first."""
+    valid = _valid(problem, pass_, formulation, dtype, precision, gpu)
+    return sorted(valid, key=lambda tile: _time(tile, problem, pass_, dtype, precision, gpu))
+
+
+def order(tile: ConvTile) -> tuple[object, ...]:
+    """What decides in which order an output of fprop or dgrad is summed; for equal ones it has the same bits.
+
+    Programs that share a depth divide the steps of their box, and how many those are depends on where its pixels lie.
+    Which tiles are shared with a tail depends on the batch.
+    """
+    rows_and_columns = tile.box[1:] if tile.splits > 1 else None
+    return tile.formulation, tile.block_c, tile.flat, tile.shift, tile.splits, tile.tail, rows_and_columns
+
+
+def _best_for_any_batch(
+    problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
+) -> ConvTile:
+    """The quickest candidate of those that add in the one order that serves batches of all sizes."""
+    if not _valid(problem, pass_, formulation, dtype, precision, gpu):
+        return _impossible(formulation)
+    wanted = _order_for_any_batch(replace(problem, N=1), pass_, formulation, dtype, precision, gpu)
+    found: list[ConvTile] = []
+    for batch in (problem.N, *BATCHES):
+        valid = _valid(replace(problem, N=batch), pass_, formulation, dtype, precision, gpu)
+        if found := [tile for tile in valid if order(tile) == wanted]:
+            break
+    return min(found, key=lambda tile: _time(tile, problem, pass_, dtype, precision, gpu))
+
+
+@lru_cache(maxsize=1024)
+def _order_for_any_batch(
+    problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
+) -> tuple[object, ...]:
+    """The order whose best tile is the least behind the best of all where it is furthest behind, over BATCHES."""
+    times: dict[tuple[object, ...], list[float]] = {}
+    for i, batch in enumerate(BATCHES):
+        sized = replace(problem, N=batch)
+        for tile in _valid(sized, pass_, formulation, dtype, precision, gpu):
+            if not tile.tail:
+                row = times.setdefault(order(tile), [math.inf] * len(BATCHES))
+                row[i] = min(row[i], _time(tile, sized, pass_, dtype, precision, gpu))
+    best = [min(column) for column in zip(*times.values(), strict=True)]
+    return min(times, key=lambda key: max(time / least for time, least in zip(times[key], best, strict=True)))
+
+
+def _valid(
+    problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
+) -> list[ConvTile]:
+    """The candidates that can run, and of them those that the model may weigh against each other."""
     valid = [
         tile
         for tile in candidates(problem, pass_, dtype, precision, gpu)
@@ -234,17 +314,17 @@ def _best(
         # Pointers are for what descriptors cannot address, and for strides at small batches: the model knows too little
         # of them to weigh the two.
         valid = [tile for tile in valid if tile.formulation != "gather"] or valid
-    if not valid:  # a formulation that was asked for and cannot run: choose() says why
-        return ConvTile(str(formulation), (64, 1, 1), 64, 32)
+    return valid
 
-    def time(tile: ConvTile) -> float:
-        predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
-        # Where most SMs idle, a step's latency decides, and of that the model knows least: ask for a tenth more.
-        us = predicted.modelled_us * (1.1 if predicted.ctas < gpu.sms / 2 else 1.0)
-        # Tensor cores of half the width (sm_86, sm_89) hide any tile's instructions and traffic; they cost power still.
-        return us if gpu.arch >= 90 else us + 0.1 * (predicted.issue_us + predicted.l2_us)
 
-    return min(valid, key=time)
+def _time(
+    tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU
+) -> float:  # fmt: skip
+    predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
+    # Where most SMs idle, a step's latency decides, and of that the model knows least: ask for a tenth more.
+    us = predicted.modelled_us * (1.1 if predicted.ctas < gpu.sms / 2 else 1.0)
+    # Tensor cores of half the width (sm_86, sm_89) hide any tile's instructions and traffic; they cost power still.
+    return us if gpu.arch >= 90 else us + 0.1 * (predicted.issue_us + predicted.l2_us)
 
 
 def candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> list[ConvTile]:

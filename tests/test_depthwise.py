@@ -14,7 +14,7 @@ import tileconv.kernels as tk
 from tileconv.kernels import hardware, layout, reference, small_tiles, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv as launch_conv
-from tileconv.kernels.launch import depthwise
+from tileconv.kernels.launch import depthwise, plans
 from tileconv.kernels.ops.conv import conv2d_problem
 
 GPU = hardware.INTERPRETER
@@ -111,9 +111,11 @@ def test_small_tiles_and_splits_make_the_same_numbers(monkeypatch: pytest.Monkey
     tile = small_tiles.DepthwiseTile(2, 16, 16)
     monkeypatch.setattr(small_tiles, "choose_depthwise", lambda *_: tile)
     monkeypatch.setattr(small_tiles, "choose_depthwise_wgrad", lambda *_: replace(tile, taps=4, splits=3))
+    plans.forget()
     inputs = operands(case, torch.float32, True)
     assert_close(case, inputs)
     assert all(torch.equal(one, two) for one, two in zip(ours(case, *inputs), ours(case, *inputs), strict=True))
+    plans.forget()
 
 
 def test_tiles_for_a_gpu() -> None:

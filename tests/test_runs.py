@@ -13,7 +13,7 @@ from tileconv.bench import inspect
 from tileconv.bench.cases import Case, launches
 from tileconv.kernels import cost, hardware, run_tiles, tiles
 from tileconv.kernels.geometry import Conv2dProblem, Runs
-from tileconv.kernels.launch import conv, runs
+from tileconv.kernels.launch import conv, plans, runs
 
 # name: x, w, arguments of conv2d
 LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
@@ -32,13 +32,15 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which passes were planned in runs."""
+    """Which passes were planned in runs: what has a plan from before is planned again, what is copied perhaps twice."""
+    plans.forget()
     found: list[str] = []
     for name in ("plan_fprop", "plan_wgrad"):
         real = getattr(runs, name)
 
         def spy(*a: Any, name: str = name, real: Any = real, **k: Any) -> Any:
-            found.append(name)
+            if name not in found:
+                found.append(name)
             return real(*a, **k)
 
         monkeypatch.setattr(runs, name, spy)

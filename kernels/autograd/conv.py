@@ -18,7 +18,7 @@ class _Conv2d(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        input, weight, _, *ctx.geometry, activation, ctx.precision, ctx.channels_last = inputs
+        input, weight, _, *ctx.geometry, activation, ctx.precision, ctx.channels_last, ctx.batch_invariant = inputs
         ctx.shapes = input.shape, weight.shape
         # The weight's gradient needs the input, the input's needs the weight: neither is kept in vain.
         ctx.save_for_backward(
@@ -36,10 +36,12 @@ class _Conv2d(Function):
         elif output is not None:
             grad = relu_backward(grad, output)
         if ctx.needs_input_grad[0]:
-            to_input = conv2d_dgrad(grad, weight, ctx.shapes[0], *ctx.geometry, ctx.precision, ctx.channels_last)
+            to_input = conv2d_dgrad(
+                grad, weight, ctx.shapes[0], *ctx.geometry, ctx.precision, ctx.channels_last, ctx.batch_invariant
+            )
         if ctx.needs_input_grad[1]:
             to_weight = conv2d_wgrad(grad, input, ctx.shapes[1], *ctx.geometry, ctx.precision)
-        return then_nones(to_input, to_weight, to_bias, count=7)
+        return then_nones(to_input, to_weight, to_bias, count=8)
 
 
 class _Dgrad(Function):
@@ -49,7 +51,7 @@ class _Dgrad(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        grad, weight, _, *ctx.geometry, ctx.precision, ctx.channels_last = inputs
+        grad, weight, _, *ctx.geometry, ctx.precision, ctx.channels_last, ctx.batch_invariant = inputs
         ctx.save_for_backward(grad, weight)
 
     @staticmethod
@@ -57,10 +59,12 @@ class _Dgrad(Function):
         grad, weight = ctx.saved_tensors
         to_grad = to_weight = None
         if ctx.needs_input_grad[0]:
-            to_grad = conv2d(grad_grad, weight, None, *ctx.geometry, None, ctx.precision, ctx.channels_last)
+            to_grad = conv2d(
+                grad_grad, weight, None, *ctx.geometry, None, ctx.precision, ctx.channels_last, ctx.batch_invariant
+            )
         if ctx.needs_input_grad[1]:
             to_weight = conv2d_wgrad(grad, grad_grad, weight.shape, *ctx.geometry, ctx.precision)
-        return then_nones(to_grad, to_weight, count=7)
+        return then_nones(to_grad, to_weight, count=8)
 
 
 class _Wgrad(Function):
@@ -78,9 +82,9 @@ class _Wgrad(Function):
         grad, input = ctx.saved_tensors
         to_grad = to_input = None
         if ctx.needs_input_grad[0]:
-            to_grad = conv2d(input, grad_grad, None, *ctx.geometry, None, ctx.precision, True)
+            to_grad = conv2d(input, grad_grad, None, *ctx.geometry, None, ctx.precision, True, False)
         if ctx.needs_input_grad[1]:
-            to_input = conv2d_dgrad(grad, grad_grad, input.shape, *ctx.geometry, ctx.precision, True)
+            to_input = conv2d_dgrad(grad, grad_grad, input.shape, *ctx.geometry, ctx.precision, True, False)
         return then_nones(to_grad, to_input, count=6)
 
 

@@ -22,7 +22,7 @@ class _ConvMaxPool2d(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         input, weight, _, *settings = inputs
         ctx.geometry, ctx.window = settings[:4], settings[4:9]
-        activation, ctx.precision, _, ctx.channels_last = settings[9:]
+        activation, ctx.precision, _, ctx.channels_last, ctx.batch_invariant = settings[9:]
         ctx.shapes = input.shape, weight.shape, conv2d_problem(input.shape, weight.shape, *ctx.geometry).y_shape
         ctx.mark_non_differentiable(output[1])
         wants_input, wants_weight = ctx.needs_input_grad[:2]
@@ -44,10 +44,12 @@ class _ConvMaxPool2d(Function):
         if switch is not None:
             grad = max_pool2d_backward(grad, switch, output, ctx.shapes[2], *ctx.window, ctx.channels_last)
         if ctx.needs_input_grad[0]:
-            to_input = conv2d_dgrad(grad, weight, ctx.shapes[0], *ctx.geometry, ctx.precision, ctx.channels_last)
+            to_input = conv2d_dgrad(
+                grad, weight, ctx.shapes[0], *ctx.geometry, ctx.precision, ctx.channels_last, ctx.batch_invariant
+            )
         if ctx.needs_input_grad[1]:
             to_weight = conv2d_wgrad(grad, input, ctx.shapes[1], *ctx.geometry, ctx.precision)
-        return then_nones(to_input, to_weight, to_bias, count=13)
+        return then_nones(to_input, to_weight, to_bias, count=14)
 
 
 conv2d_max_pool2d = door(_ConvMaxPool2d, OPS.conv2d_max_pool2d)

@@ -19,7 +19,7 @@ class _ConvTranspose2d(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        input, weight, _, _, *ctx.geometry, activation, ctx.precision, ctx.channels_last = inputs
+        input, weight, _, _, *ctx.geometry, activation, ctx.precision, ctx.channels_last, ctx.batch_invariant = inputs
         ctx.weight_shape = weight.shape
         ctx.save_for_backward(
             input if ctx.needs_input_grad[1] else None,
@@ -36,10 +36,12 @@ class _ConvTranspose2d(Function):
         elif output is not None:
             grad = relu_backward(grad, output)
         if ctx.needs_input_grad[0]:
-            to_input = conv2d(grad, weight, None, *ctx.geometry, None, ctx.precision, ctx.channels_last)
+            to_input = conv2d(
+                grad, weight, None, *ctx.geometry, None, ctx.precision, ctx.channels_last, ctx.batch_invariant
+            )
         if ctx.needs_input_grad[1]:
             to_weight = conv2d_wgrad(input, grad, ctx.weight_shape, *ctx.geometry, ctx.precision)
-        return then_nones(to_input, to_weight, to_bias, count=8)
+        return then_nones(to_input, to_weight, to_bias, count=9)
 
 
 conv_transpose2d = door(_ConvTranspose2d, OPS.conv_transpose2d)

@@ -4,6 +4,7 @@ All functions take fp16, bf16, fp32 and fp64 tensors on a CUDA device, or on the
 strides.  They raise TypeError or ValueError that names the argument, its value and what is allowed.
 """
 
+from tileconv.kernels.functional.common import batch_invariant
 from tileconv.kernels.functional.conv import conv2d, linear
 from tileconv.kernels.functional.conv_pool import conv2d_max_pool2d, how_conv2d_max_pool2d_runs
 from tileconv.kernels.functional.im2col import conv2d_im2col, fold, unfold
@@ -25,6 +26,7 @@ __all__ = [
     "adaptive_avg_pool2d",
     "adaptive_max_pool2d",
     "avg_pool2d",
+    "batch_invariant",
     "conv1d",
     "conv2d",
     "conv2d_im2col",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +12,30 @@ import torch
 from tileconv.kernels import checks
 
 IntOrPair = int | Sequence[int]
+_scope = threading.local()  # not a ContextVar: torch.compile cannot trace one
+
+
+@contextlib.contextmanager
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """In this block what convolutions and linear layers make of a sample has the same bits in a batch of any size.
+
+    The tile is then chosen without a look at the batch, for batches of 1 to 128, and never by a measured table.
+    Backward follows its forward pass; gradients of weights and biases add over the batch, and so depend on it.  The
+    argument of the same name on a call has the last word.  Raises TypeError where `enabled` is no bool.
+    """
+    before = invariance(None)
+    _scope.batch_invariant = checks.flag("enabled", enabled)
+    try:
+        yield
+    finally:
+        _scope.batch_invariant = before
+
+
+def invariance(wanted: bool | None) -> bool:
+    """What a call's batch_invariant comes to."""
+    if wanted is None:
+        return getattr(_scope, "batch_invariant", False)
+    return checks.flag("batch_invariant", wanted)
 
 
 def fp32_precision(wanted: str | None, input: torch.Tensor, operation: str) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from tileconv.kernels import checks, geometry, layout
 from tileconv.kernels.autograd import conv as autograd
-from tileconv.kernels.functional import pointwise
+from tileconv.kernels.functional import common, pointwise
 from tileconv.kernels.functional.common import IntOrPair, autocast, fp32_precision
 from tileconv.kernels.ops.conv import conv2d_problem
 
@@ -25,6 +25,7 @@ def conv2d(
     *,
     activation: str | None = None,
     precision: str | None = None,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """2-D cross-correlation with bias and activation in the same kernel, as torch.nn.functional.conv2d.
 
@@ -35,6 +36,8 @@ def conv2d(
     activation: None or "relu".
     precision: of fp32 products, "ieee" or "tf32" (10-bit mantissas, tensor cores); None does as PyTorch: on CUDA what
     torch.backends.cudnn.conv.fp32_precision says, on the CPU "ieee".  Sums are fp32 (fp64 for fp64).
+    batch_invariant: whether a sample's result and its input's gradient have the same bits in a batch of any size; None
+    does as the surrounding functional.batch_invariant says, else no.
 
     The result is channels_last if input or weight is, else contiguous.
     """
@@ -49,7 +52,7 @@ def conv2d(
     output: torch.Tensor = autograd.conv2d(
         batched, weight, bias, stride, edges, dilation, groups, activation,
         fp32_precision(precision, batched, "conv"),
-        layout.is_channels_last(batched) or layout.is_channels_last(weight),
+        layout.is_channels_last(batched) or layout.is_channels_last(weight), common.invariance(batch_invariant),
     )  # fmt: skip
     return output if input.dim() == 4 else output.squeeze(0)
 
@@ -63,10 +66,12 @@ def linear(
     dropout: float = 0.0,
     training: bool = True,
     precision: str | None = None,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """input [..., C] times weight [K, C] transposed, plus bias [K] -> [..., K]: a 1x1 convolution of 1x1 images.
 
     `activation` and `precision` as in conv2d; None follows torch.backends.cuda.matmul.fp32_precision.
+    batch_invariant as in conv2d: the batch are all rows of input.
     dropout: while `training` zero outputs with this probability and divide the others by what is left, after the
     activation; as functional.dropout, in a kernel of its own, which reads and writes the K outputs of a row once more.
     """
@@ -86,7 +91,7 @@ def linear(
     rows = input.reshape(-1, input.shape[-1])
     output: torch.Tensor = autograd.conv2d(
         rows[:, :, None, None], weight[:, :, None, None], bias, (1, 1), (0, 0, 0, 0), (1, 1), 1, activation,
-        fp32_precision(precision, input, "matmul"), False,
+        fp32_precision(precision, input, "matmul"), False, common.invariance(batch_invariant),
     )  # fmt: skip
     if dropout > 0:
         output = pointwise.dropout(output, dropout, training)

@@ -8,7 +8,7 @@ import torch
 
 from tileconv.kernels import checks, hardware, layout, pool_tiles
 from tileconv.kernels.autograd import conv_pool as autograd
-from tileconv.kernels.functional.common import IntOrPair, autocast, fp32_precision
+from tileconv.kernels.functional.common import IntOrPair, autocast, fp32_precision, invariance
 from tileconv.kernels.functional.conv import _conv_padding
 from tileconv.kernels.functional.pool import _stride
 from tileconv.kernels.ops.conv import conv2d_problem
@@ -31,6 +31,7 @@ def conv2d_max_pool2d(
     ceil_mode: bool = False,
     activation: str | None = "relu",
     precision: str | None = None,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """max_pool2d(activation(conv2d(...)), ...), where training keeps a byte an output instead of what conv2d writes.
 
@@ -38,9 +39,9 @@ def conv2d_max_pool2d(
     in max_pool2d -> [N, K, P, Q] or [K, P, Q] with the pool's extents.
 
     One kernel does all where its cost model finds that faster than two and the operands allow it; two kernels, the
-    convolution's and the pool's, do it elsewhere; results differ by the order of sums at most.
-    `how_conv2d_max_pool2d_runs` says which.  Besides input and weight, backward needs one byte an output (four for
-    windows of more than 256 elements), and with "relu" the output.
+    convolution's and the pool's, do it elsewhere, and always if batch_invariant; results differ by the order of sums
+    at most.  `how_conv2d_max_pool2d_runs` says which.  Besides input and weight, backward needs one byte an output
+    (four for windows of more than 256 elements), and with "relu" the output.
 
     The result is channels_last if input or weight is, else contiguous.
     """
@@ -53,7 +54,9 @@ def conv2d_max_pool2d(
     with_switch = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     channels_last = layout.is_channels_last(batched) or layout.is_channels_last(weight)
     output: torch.Tensor
-    output, _ = autograd.conv2d_max_pool2d(batched, weight, bias, *settings, with_switch, channels_last)
+    output, _ = autograd.conv2d_max_pool2d(
+        batched, weight, bias, *settings, with_switch, channels_last, invariance(batch_invariant)
+    )
     return output if input.dim() == 4 else output.squeeze(0)
 
 

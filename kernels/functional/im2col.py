@@ -106,7 +106,7 @@ def conv2d_im2col(
     matrix = cols.mT.unflatten(1, (problem.P, problem.Q)).permute(0, 3, 1, 2)
     output: torch.Tensor = autograd_conv.conv2d(
         matrix, weight.reshape(weight.shape[0], -1, 1, 1), bias, (1, 1), (0, 0, 0, 0), (1, 1), groups, activation,
-        fp32_precision(precision, batched, "conv"), channels_last,
+        fp32_precision(precision, batched, "conv"), channels_last, False,
     )  # fmt: skip
     return output if input.dim() == 4 else output.squeeze(0)
 

@@ -8,6 +8,7 @@ import torch
 
 from tileconv.kernels import checks, layout
 from tileconv.kernels.autograd import transpose as autograd
+from tileconv.kernels.functional import common
 from tileconv.kernels.functional.common import IntOrPair, autocast, fp32_precision
 from tileconv.kernels.functional.conv import conv2d
 
@@ -24,15 +25,16 @@ def conv_transpose2d(
     *,
     activation: str | None = None,
     precision: str | None = None,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """The transpose of conv2d, as torch.nn.functional.conv_transpose2d: what conv2d's input gradient computes.
 
     input [N, K, P, Q] or [K, P, Q], weight [K, C/groups, R, S], bias [C], all of one dtype -> [N, C, H, W] or
     [C, H, W], with H = (P - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1 and W likewise.
 
-    output_padding: rows and columns more at the far side, fewer than stride or dilation is.  activation and precision
-    as in conv2d.  The result is channels_last if input or weight is, else contiguous.  Raises TypeError or ValueError
-    that names the argument.
+    output_padding: rows and columns more at the far side, fewer than stride or dilation is.  activation, precision and
+    batch_invariant as in conv2d.  The result is channels_last if input or weight is, else contiguous.  Raises TypeError
+    or ValueError that names the argument.
     """
     checks.choice("activation", activation, checks.ACTIVATIONS)
     batched = checks.image("input", input)
@@ -73,7 +75,7 @@ def conv_transpose2d(
     output: torch.Tensor = autograd.conv_transpose2d(
         batched, weight, bias, (batched.shape[0], channels, size[0], size[1]), stride, edges, dilation, groups,
         activation, fp32_precision(precision, batched, "conv"),
-        layout.is_channels_last(batched) or layout.is_channels_last(weight),
+        layout.is_channels_last(batched) or layout.is_channels_last(weight), common.invariance(batch_invariant),
     )  # fmt: skip
     return output if input.dim() == 4 else output.squeeze(0)
 
@@ -89,11 +91,13 @@ def conv1d(
     *,
     activation: str | None = None,
     precision: str | None = None,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """1-D cross-correlation, as torch.nn.functional.conv1d: a picture of one row.
 
     input [N, C, W] or [C, W], weight [K, C/groups, S], bias [K] -> [N, K, Q] or [K, Q].  The other arguments are an
-    int each (or a sequence of one), or for padding "valid" or "same"; activation, precision and errors as in conv2d.
+    int each (or a sequence of one), or for padding "valid" or "same"; activation, precision, batch_invariant
+    and errors as in conv2d.
     """
     checks.tensor("input", input)
     checks.tensor("weight", weight)
@@ -106,6 +110,7 @@ def conv1d(
     return conv2d(
         input.unsqueeze(-2), weight.unsqueeze(-2), bias, (1, _single("stride", stride, 1)), padding,
         (1, _single("dilation", dilation, 1)), groups, activation=activation, precision=precision,
+        batch_invariant=batch_invariant,
     ).squeeze(-2)  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from tileconv.kernels.launch.descriptors import (
     row_descriptor,
 )
 from tileconv.kernels.launch.layout import plan_depth_to_space, plan_space_to_depth
+from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.launch.pointwise import plan_add_slices
 
 
@@ -38,6 +39,7 @@ def plan_fprop(
     filters: Filters | None = None,
     activation: str | None = None,
     precision: str = "ieee",
+    batch_invariant: bool = False,
 ) -> list[Launch]:
     """The launches that write y [N, K, P, Q] from x [N, C, H, W] and w, the layer's own filters [K, C/groups, R, S].
 
@@ -48,14 +50,20 @@ def plan_fprop(
         return depthwise.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation)
     if filters is None and (first := runs.prepare(problem, "fprop", x, precision, gpu=gpu)):
         rows, image, before = first
-        return before + runs.plan_fprop(rows, image, w, bias, y, gpu=gpu, activation=activation, precision=precision)
+        return before + runs.plan_fprop(
+            rows, image, w, bias, y, gpu=gpu, activation=activation, precision=precision,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
     filters = filters or problem.filters
     if tiles.first_layer(problem, "dgrad" if filters.transposed else "fprop", x.dtype, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
         w, filters_to_blocks = _filters_to_depth(problem, w, gpu)
-        rest = plan_fprop(blocks, x, w, bias, y, gpu=gpu, activation=activation, precision=precision)
+        rest = plan_fprop(
+            blocks, x, w, bias, y, gpu=gpu, activation=activation, precision=precision, batch_invariant=batch_invariant
+        )
         return [to_blocks, filters_to_blocks, *rest]
-    tile = tiles.choose(problem, "dgrad" if filters.transposed else "fprop", x.dtype, precision, gpu)
+    pass_ = "dgrad" if filters.transposed else "fprop"
+    tile = tiles.choose(problem, pass_, x.dtype, precision, gpu, batch_invariant=batch_invariant)
     common: dict[str, Any] = {
         "bias": bias, "N": problem.N, "H": problem.H, "W": problem.W, "P": problem.P, "Q": problem.Q,
         "C": problem.group_channels, "K": problem.group_filters,
@@ -72,17 +80,26 @@ def plan_fprop(
 
 
 def plan_dgrad(
-    problem: Conv2dProblem, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, *, gpu: GPU, precision: str = "ieee"
-) -> list[Launch]:
+    problem: Conv2dProblem, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, *, gpu: GPU, precision: str = "ieee",
+    batch_invariant: bool = False,
+) -> list[Launch]:  # fmt: skip
     """The launches that write dx, one for each residue of the input pixel: fprop on the rephrased problems."""
     if _depthwise(problem):
         return depthwise.plan_dgrad(problem, dy, w, dx, gpu=gpu)
+    return plan_transpose(problem, dy, w, None, dx, gpu=gpu, precision=precision, batch_invariant=batch_invariant)
+
+
+def plan_transpose(
+    problem: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, *, gpu: GPU,
+    activation: str | None = None, precision: str = "ieee", batch_invariant: bool = False,
+) -> list[Launch]:  # fmt: skip
+    """As plan_dgrad, from x [N, K, P, Q] to y [N, C, H, W] of the problem, with a bias [C] and an activation."""
     return [
         launch
         for part in problem.dgrad
         for launch in plan_fprop(
-            part.problem, dy, w, None, dx[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
-            gpu=gpu, filters=part.filters, precision=precision,
+            part.problem, x, w, bias, y[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
+            gpu=gpu, filters=part.filters, activation=activation, precision=precision, batch_invariant=batch_invariant,
         )
     ]  # fmt: skip
 
@@ -98,7 +115,7 @@ def plan_wgrad(
         return before + runs.plan_wgrad(rows, dy, image, dw, gpu=gpu, precision=precision)
     if tiles.first_layer(problem, "wgrad", x.dtype, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
-        blocked = layout.empty_image(blocks.w_shape, dw, channels_last=True)
+        blocked = scratch(layout.empty_image(blocks.w_shape, dw, channels_last=True))
         last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
         return [to_blocks, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
     tile = tiles.choose(problem, "wgrad", x.dtype, precision, gpu)
@@ -147,20 +164,20 @@ def _depthwise(problem: Conv2dProblem) -> bool:
 def _to_depth(problem: Conv2dProblem, x: torch.Tensor, gpu: GPU) -> tuple[Conv2dProblem, torch.Tensor, Launch]:
     """The stride-1 problem of a first layer, its image, and the launch that fills it."""
     blocks = problem.space_to_depth
-    image = layout.empty_image(blocks.x_shape, x, channels_last=True)
+    image = scratch(layout.empty_image(blocks.x_shape, x, channels_last=True))
     padding = problem.padding[0][0], problem.padding[1][0]
     return blocks, image, plan_space_to_depth(x, image, problem.stride, padding, gpu=gpu)
 
 
 def _filters_to_depth(problem: Conv2dProblem, w: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, Launch]:
     """The filters of that problem: blocked like an image of one filter each, without padding before."""
-    blocked = layout.empty_image(problem.space_to_depth.w_shape, w, channels_last=True)
+    blocked = scratch(layout.empty_image(problem.space_to_depth.w_shape, w, channels_last=True))
     return blocked, plan_space_to_depth(w, blocked, problem.stride, (0, 0), gpu=gpu)
 
 
 def _slices(splits: int, dw: torch.Tensor) -> torch.Tensor:
     """One slice of partial sums for each split, in the accumulator's type."""
-    return torch.empty((splits, dw.numel()), dtype=layout.sum_dtype(dw.dtype), device=dw.device)
+    return scratch(torch.empty((splits, dw.numel()), dtype=layout.sum_dtype(dw.dtype), device=dw.device))
 
 
 def _plan_box(
@@ -190,7 +207,7 @@ def _plan_box(
     parts = None
     if shared:
         shape = (shared, tile.splits, tile.rows, tile.pixels)
-        parts = torch.empty(shape, dtype=layout.sum_dtype(y.dtype), device=y.device)
+        parts = scratch(torch.empty(shape, dtype=layout.sum_dtype(y.dtype), device=y.device))
     where = {"FULL": programs - shared, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
              "BOX_W": tile.box[2], "SHIFT": int(tile.shift)}  # fmt: skip
     arguments = common | where | {

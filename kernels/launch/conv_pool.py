@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import triton
 
-from tileconv.kernels import pool_tiles
+from tileconv.kernels import layout, pool_tiles
 from tileconv.kernels.device import conv_pool as device
 from tileconv.kernels.geometry import Conv2dProblem, Pool2dProblem
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, strides
-from tileconv.kernels.launch.conv import _filter_matrix
+from tileconv.kernels.launch.conv import _filter_matrix, plan_fprop
 from tileconv.kernels.launch.descriptors import (
     aligned,
     describable,
@@ -20,6 +20,25 @@ from tileconv.kernels.launch.descriptors import (
     image_descriptor,
     matrix_descriptor,
 )
+from tileconv.kernels.launch.plans import scratch
+from tileconv.kernels.launch.pool import plan_max_forward
+
+
+def plan(
+    problem: Conv2dProblem, pool: Pool2dProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
+    y: torch.Tensor, switch: torch.Tensor | None,
+    *, gpu: GPU, activation: str | None, precision: str, channels_last: bool, batch_invariant: bool,
+) -> list[Launch]:  # fmt: skip
+    """The launches that write y and, if given, switch: one where that is faster, else a convolution and a pool.
+
+    What lies between those two is channels_last or not, as said.
+    """
+    if activation == "relu" and not batch_invariant and pool_tiles.fuse_pool(problem, pool, x.dtype, precision, gpu):
+        return [plan_conv_pool(problem, pool, x, w, bias, y, switch, gpu=gpu, precision=precision)]
+    between = scratch(layout.empty_image(problem.y_shape, x, channels_last))
+    first = plan_fprop(problem, x, w, bias, between, gpu=gpu, precision=precision, batch_invariant=batch_invariant)
+    # The activation goes to the pool, which sees fewer elements, so that both ways give the same bits.
+    return [*first, plan_max_forward(pool, between, y, switch, gpu=gpu, activation=activation)]
 
 
 def plan_conv_pool(

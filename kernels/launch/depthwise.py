@@ -12,6 +12,7 @@ from tileconv.kernels.device import depthwise as device
 from tileconv.kernels.geometry import Conv2dProblem, Filters
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch, accumulator, index_type, strides
+from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.launch.pointwise import plan_add_slices
 from tileconv.kernels.layout import sum_dtype
 
@@ -52,7 +53,7 @@ def plan_wgrad(
     steps = triton.cdiv(problem.N * problem.P * problem.Q, tile.columns)
     loops = triton.cdiv(steps, tile.splits)
     dtype = sum_dtype(dw.dtype)
-    parts = torch.empty((tile.splits, dw.numel()), dtype=dtype, device=dw.device)
+    parts = scratch(torch.empty((tile.splits, dw.numel()), dtype=dtype, device=dw.device))
     arguments = {
         "x": x, "dy": dy, "parts": parts, **_extents(problem, x, dy), "LOOPS": loops, "STRIDE_H": problem.stride[0],
         "STRIDE_W": problem.stride[1], "GROUP_K": problem.group_filters, "TAPS": tile.taps, "COLUMNS": tile.columns,

@@ -34,7 +34,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def image_descriptor(image: torch.Tensor, groups: int, box: Box, channels: int) -> TensorDescriptor:
     """[N, H, W, C]; with groups [N, H, W, groups, C/groups], so that a box cannot run into the next group."""
-    return _filled(_image(tuple(image.shape), image.stride(), image.dtype, groups, box, channels), image)
+    return filled(_image(tuple(image.shape), image.stride(), image.dtype, groups, box, channels), image)
 
 
 def row_descriptor(image: torch.Tensor, groups: int, box: Box, channels: int) -> TensorDescriptor:
@@ -42,15 +42,16 @@ def row_descriptor(image: torch.Tensor, groups: int, box: Box, channels: int) ->
 
     A group's channels are an offset along the row.
     """
-    return _filled(_rows(tuple(image.shape), image.stride(), image.dtype, box[0], channels), image)
+    return filled(_rows(tuple(image.shape), image.stride(), image.dtype, box[0], channels), image)
 
 
 def matrix_descriptor(matrix: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
     """A matrix as it is."""
-    return _filled(_matrix(tuple(matrix.shape), matrix.stride(), matrix.dtype, box), matrix)
+    return filled(_matrix(tuple(matrix.shape), matrix.stride(), matrix.dtype, box), matrix)
 
 
-def _filled(template: TensorDescriptor, tensor: torch.Tensor) -> TensorDescriptor:
+def filled(template: TensorDescriptor, tensor: torch.Tensor) -> TensorDescriptor:
+    """The descriptor of another tensor with the layout that `template` describes."""
     descriptor: TensorDescriptor = object.__new__(TensorDescriptor)
     descriptor.__dict__.update(template.__dict__, base=tensor)
     return descriptor

@@ -9,6 +9,7 @@ from tileconv.kernels import tiles
 from tileconv.kernels.device import pointwise as device
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch, accumulator, index_type
+from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.layout import sum_dtype
 
 
@@ -44,7 +45,7 @@ def plan_bias_backward(
     strips = min(triton.cdiv(images * pixels, tile.rows), 2 * gpu.sms)
     loops = triton.cdiv(images * pixels, tile.rows * strips)
     dtype = sum_dtype(dy.dtype)
-    parts = torch.empty((strips, width), dtype=dtype, device=dy.device)
+    parts = scratch(torch.empty((strips, width), dtype=dtype, device=dy.device))
     arguments = {
         "dy": dy, "y": y, "dx": dx, "sums": parts, "PIXELS": pixels, "HEIGHT": images * pixels, "K": width,
         "stride_gn": dy.stride(0), "stride_gk": dy.stride(1), "stride_gi": _pixel_stride(dy),

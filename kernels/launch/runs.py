@@ -13,6 +13,7 @@ from tileconv.kernels.geometry import Conv2dProblem, Runs
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
 from tileconv.kernels.launch.layout import plan_widen
+from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.launch.pointwise import plan_add_slices
 from tileconv.kernels.tiles import choose_elementwise
 
@@ -33,7 +34,7 @@ def prepare(
     wide = problem.widened(-(-problem.W // 8) * 8)
     if wide.runs(x.itemsize) is None:
         return None
-    copy = torch.empty(wide.x_shape, dtype=x.dtype, device=x.device)
+    copy = scratch(torch.empty(wide.x_shape, dtype=x.dtype, device=x.device))
     return wide, copy, [plan_widen(x, copy, gpu=gpu)]
 
 
@@ -55,7 +56,7 @@ def _in_rows(problem: Conv2dProblem, x: torch.Tensor) -> tuple[Conv2dProblem, to
 
 def plan_fprop(
     problem: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor,
-    *, gpu: GPU, activation: str | None, precision: str,
+    *, gpu: GPU, activation: str | None, precision: str, batch_invariant: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """The launches that write y [N, K, P, Q], any strides: the filters as runs, then the convolution.
 
@@ -64,9 +65,9 @@ def plan_fprop(
     if w.shape != problem.w_shape:
         w = w.permute(0, 2, 3, 1).reshape(problem.w_shape)
     runs = _runs_of(problem, x)
-    tile = run_tiles.choose_runs(problem, "fprop", x.dtype, precision, gpu)
+    tile = run_tiles.choose_runs(problem, "fprop", x.dtype, precision, gpu, batch_invariant)
     depth = -(-_columns(problem, runs) // tile.block_c) * tile.block_c
-    matrix = torch.empty((problem.K, depth), dtype=w.dtype, device=w.device)
+    matrix = scratch(torch.empty((problem.K, depth), dtype=w.dtype, device=w.device))
     arguments = _geometry(problem, runs, x) | {
         "w": matrix, "y": y, "bias": bias, **strides("y", y, "nkpq"), "DEPTH": depth, "HAS_BIAS": bias is not None,
         "ACTIVATION": activation, "PRECISION": precision, "ACC": accumulator(x.dtype), "OUT": TRITON_TYPE[y.dtype],
@@ -88,8 +89,8 @@ def plan_wgrad(
     tile = run_tiles.choose_runs(problem, "wgrad", x.dtype, precision, gpu)
     columns = _columns(problem, runs)
     slots = tile.splits * triton.cdiv(problem.Q, tile.pixels)
-    parts = torch.empty((slots, problem.K, columns), dtype=layout.sum_dtype(x.dtype), device=x.device)
-    sums = parts[0] if slots == 1 else torch.empty_like(parts[0])
+    parts = scratch(torch.empty((slots, problem.K, columns), dtype=layout.sum_dtype(x.dtype), device=x.device))
+    sums = parts[0] if slots == 1 else scratch(torch.empty_like(parts[0]))
     arguments = _geometry(problem, runs, x) | {
         "dy": dy, "dw": parts, **strides("y", dy, "nkpq"), "SPLITS": tile.splits, "PRECISION": precision,
         "ACC": accumulator(x.dtype), "INDEX": index_type(x, dy), "PIXELS": tile.pixels, "BLOCK_K": tile.block_k,

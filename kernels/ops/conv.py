@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import checks, hardware, layout
+from tileconv.kernels import checks, layout
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv as launch_conv
+from tileconv.kernels.launch import plans
 from tileconv.kernels.launch import pointwise as launch_pointwise
-from tileconv.kernels.ops.registry import Ints, define
+from tileconv.kernels.ops.registry import Ints, define, remembered
 
 GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
 
 
+@remembered
 def conv2d_problem(
     input_shape: Ints, weight_shape: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> Conv2dProblem:
@@ -27,7 +29,7 @@ def conv2d_problem(
 
 def _fprop_fake(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, activation: str | None, precision: str, channels_last: bool,
+    groups: int, activation: str | None, precision: str, channels_last: bool, batch_invariant: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     problem = conv2d_problem(input.shape, weight.shape, stride, padding, dilation, groups)
     return layout.empty_image(problem.y_shape, input, channels_last)
@@ -35,37 +37,37 @@ def _fprop_fake(
 
 def _fprop(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, activation: str | None, precision: str, channels_last: bool,
+    groups: int, activation: str | None, precision: str, channels_last: bool, batch_invariant: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     problem = conv2d_problem(input.shape, weight.shape, stride, padding, dilation, groups)
     output = layout.empty_image(problem.y_shape, input, channels_last)
     if output.numel():
-        gpu = hardware.gpu_of(input.device)
-        for launch in launch_conv.plan_fprop(
-            problem, input, weight, bias, output, gpu=gpu, activation=activation, precision=precision
-        ):
-            launch.run()
+        plans.run(
+            launch_conv.plan_fprop, problem, input, weight, bias, output, activation=activation, precision=precision,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
     return output
 
 
 def _dgrad_fake(
     grad: torch.Tensor, weight: torch.Tensor, input_shape: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, precision: str, channels_last: bool,
+    groups: int, precision: str, channels_last: bool, batch_invariant: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     return layout.empty_image(input_shape, grad, channels_last)
 
 
 def _dgrad(
     grad: torch.Tensor, weight: torch.Tensor, input_shape: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, precision: str, channels_last: bool,
+    groups: int, precision: str, channels_last: bool, batch_invariant: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     problem = conv2d_problem(input_shape, weight.shape, stride, padding, dilation, groups)
     checks.belongs("grad", grad, problem.y_shape, weight, weight.dtype)
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
-        gpu = hardware.gpu_of(grad.device)
-        for launch in launch_conv.plan_dgrad(problem, grad, weight, grad_input, gpu=gpu, precision=precision):
-            launch.run()
+        plans.run(
+            launch_conv.plan_dgrad, problem, grad, weight, grad_input, precision=precision,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
     return grad_input
 
 
@@ -85,21 +87,19 @@ def _wgrad(
     grad_weight = layout.empty_image(weight_shape, grad, channels_last=True)
     if not grad.numel():
         return grad_weight.zero_()
-    gpu = hardware.gpu_of(grad.device)
-    for launch in launch_conv.plan_wgrad(problem, grad, input, grad_weight, gpu=gpu, precision=precision):
-        launch.run()
+    plans.run(launch_conv.plan_wgrad, problem, grad, input, grad_weight, precision=precision)
     return grad_weight
 
 
 define(
     f"conv2d_fprop(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}, str? activation, str precision, "
-    "bool channels_last) -> Tensor",
+    "bool channels_last, bool batch_invariant=False) -> Tensor",
     _fprop,
     _fprop_fake,
 )
 define(
-    f"conv2d_dgrad(Tensor grad, Tensor weight, SymInt[4] input_shape, {GEOMETRY}, str precision, bool channels_last) "
-    "-> Tensor",
+    f"conv2d_dgrad(Tensor grad, Tensor weight, SymInt[4] input_shape, {GEOMETRY}, str precision, bool channels_last, "
+    "bool batch_invariant=False) -> Tensor",
     _dgrad,
     _dgrad_fake,
 )
@@ -118,9 +118,7 @@ def _bias_backward(grad: torch.Tensor, output: torch.Tensor | None) -> tuple[tor
         masked = torch.empty_like(output)
     sums = torch.zeros(grad.shape[1], dtype=grad.dtype, device=grad.device)
     if grad.numel():
-        gpu = hardware.gpu_of(grad.device)
-        for launch in launch_pointwise.plan_bias_backward(grad, output, masked, sums, gpu=gpu):
-            launch.run()
+        plans.run(launch_pointwise.plan_bias_backward, grad, output, masked, sums)
     return masked, sums
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import hardware, layout, pool_tiles
+from tileconv.kernels import layout
 from tileconv.kernels.geometry import Conv2dProblem, Pool2dProblem
-from tileconv.kernels.launch import conv as launch_conv
 from tileconv.kernels.launch import conv_pool as launch_conv_pool
+from tileconv.kernels.launch import plans
 from tileconv.kernels.launch import pool as launch_pool
 from tileconv.kernels.ops.conv import GEOMETRY, conv2d_problem
 from tileconv.kernels.ops.pool import pool2d_problem
@@ -28,6 +28,7 @@ def _fake(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
     groups: int, kernel: Ints, pool_stride: Ints, pool_padding: Ints, pool_dilation: Ints, ceil_mode: bool,
     activation: str | None, precision: str, with_switch: bool, channels_last: bool,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _, pool = _problems(
         input, weight, stride, padding, dilation, groups, kernel, pool_stride, pool_padding, pool_dilation, ceil_mode
@@ -41,37 +42,24 @@ def _conv_pool(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
     groups: int, kernel: Ints, pool_stride: Ints, pool_padding: Ints, pool_dilation: Ints, ceil_mode: bool,
     activation: str | None, precision: str, with_switch: bool, channels_last: bool,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     geometry = (stride, padding, dilation, groups, kernel, pool_stride, pool_padding, pool_dilation, ceil_mode)
     problem, pool = _problems(input, weight, *geometry)
     output, switches = _fake(
-        input, weight, bias, *geometry, activation, precision, with_switch, channels_last
-    )  # fmt: skip
-    if not output.numel():
-        return output, switches
-    gpu = hardware.gpu_of(input.device)
-    switch = switches if with_switch else None
-    if activation == "relu" and pool_tiles.fuse_pool(problem, pool, input.dtype, precision, gpu):
-        launches = [
-            launch_conv_pool.plan_conv_pool(
-                problem, pool, input, weight, bias, output, switch, gpu=gpu, precision=precision
-            )
-        ]
-    else:
-        # The activation goes to the pool, which sees fewer elements, so that both ways give the same bits.
-        between = layout.empty_image(problem.y_shape, input, channels_last)
-        launches = launch_conv.plan_fprop(problem, input, weight, bias, between, gpu=gpu, precision=precision)
-        launches.append(
-            launch_pool.plan_max_forward(pool, between, output, switch, gpu=gpu, activation=activation)
+        input, weight, bias, *geometry, activation, precision, with_switch, channels_last, batch_invariant
+    )
+    if output.numel():
+        plans.run(
+            launch_conv_pool.plan, problem, pool, input, weight, bias, output, switches if with_switch else None,
+            activation=activation, precision=precision, channels_last=channels_last, batch_invariant=batch_invariant,
         )  # fmt: skip
-    for launch in launches:
-        launch.run()
     return output, switches
 
 
 define(
     f"conv2d_max_pool2d(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}, {POOL}, str? activation, str precision, "
-    "bool with_switch, bool channels_last) -> (Tensor, Tensor)",
+    "bool with_switch, bool channels_last, bool batch_invariant=False) -> (Tensor, Tensor)",
     _conv_pool,
     _fake,
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import checks, hardware, layout
+from tileconv.kernels import checks, layout
 from tileconv.kernels.launch import norm as launch_norm
+from tileconv.kernels.launch import plans
 from tileconv.kernels.ops.registry import define
 
 # alpha multiplies the sum of squares here: functional/ has divided it.
@@ -17,9 +18,7 @@ def _local_response_norm(
 ) -> torch.Tensor:
     output = layout.empty_image(input.shape, input, channels_last)
     if output.numel():
-        launch_norm.plan_local_response_norm(
-            input, None, output, size, alpha, beta, k, gpu=hardware.gpu_of(input.device)
-        ).run()
+        plans.run(launch_norm.plan_local_response_norm, input, None, output, size, alpha, beta, k)
     return output
 
 
@@ -29,9 +28,7 @@ def _local_response_norm_backward(
     checks.belongs("grad", grad, input.shape, input, input.dtype)
     grad_input = layout.empty_image(input.shape, input, channels_last)
     if grad_input.numel():
-        launch_norm.plan_local_response_norm(
-            input, grad, grad_input, size, alpha, beta, k, gpu=hardware.gpu_of(input.device)
-        ).run()
+        plans.run(launch_norm.plan_local_response_norm, input, grad, grad_input, size, alpha, beta, k)
     return grad_input
 
 

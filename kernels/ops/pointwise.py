@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import checks, hardware, layout
+from tileconv.kernels import checks, layout
+from tileconv.kernels.launch import plans
 from tileconv.kernels.launch import pointwise as launch_pointwise
 from tileconv.kernels.ops.registry import define
 
@@ -13,8 +14,7 @@ def _relu(input: torch.Tensor) -> torch.Tensor:
     source = layout.dense(input)
     output = torch.empty_like(source)
     if output.numel():
-        gpu = hardware.gpu_of(input.device)
-        launch_pointwise.plan_relu(layout.flat(source), layout.flat(output), gpu=gpu).run()
+        plans.run(launch_pointwise.plan_relu, layout.flat(source), layout.flat(output))
     return output
 
 
@@ -25,7 +25,7 @@ def _relu_backward(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     grad_input = torch.empty_like(output)
     if output.numel():
         rows = [layout.flat(tensor)[None, :] for tensor in (grad, output, grad_input)]
-        launch_pointwise.plan_relu_backward(*rows, gpu=hardware.gpu_of(grad.device)).run()
+        plans.run(launch_pointwise.plan_relu_backward, *rows)
     return grad_input
 
 
@@ -33,8 +33,7 @@ def _dropout(input: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     source = layout.dense(input)
     output = torch.empty_like(source)
     if output.numel():
-        gpu = hardware.gpu_of(input.device)
-        launch_pointwise.plan_dropout(layout.flat(source), layout.flat(output), seed, p, gpu=gpu).run()
+        plans.run(launch_pointwise.plan_dropout, layout.flat(source), layout.flat(output), seed, p)
     return output
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import checks, hardware, layout
+from tileconv.kernels import checks, layout
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
+from tileconv.kernels.launch import plans
 from tileconv.kernels.launch import pool as launch_pool
-from tileconv.kernels.ops.registry import Ints, define
+from tileconv.kernels.ops.registry import Ints, define, remembered
 
 WINDOW = "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 AVERAGE = "int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, int? divisor, "
@@ -15,6 +16,7 @@ AVERAGE += "bool channels_last"
 NORM = "float norm, int[2] kernel, int[2] stride, bool ceil_mode, bool channels_last"
 
 
+@remembered
 def pool2d_problem(
     shape: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
 ) -> Pool2dProblem:
@@ -43,10 +45,9 @@ def _max_pool(
         input, kernel, stride, padding, dilation, ceil_mode, activation, with_switch, channels_last
     )
     if output.numel():
-        launch_pool.plan_max_forward(
-            problem, input, output, switch if with_switch else None, gpu=hardware.gpu_of(input.device),
-            activation=activation,
-        ).run()  # fmt: skip
+        plans.run(
+            launch_pool.plan_max_forward, problem, input, output, switch if with_switch else None, activation=activation
+        )
     return output, switch
 
 
@@ -57,7 +58,7 @@ def _max_pool_indices(
     checks.belongs("switch", switch, problem.y_shape, switch, launch_pool.switch_dtype(problem))
     indices = torch.empty_like(switch, dtype=torch.int64)
     if indices.numel():
-        launch_pool.plan_switch_to_index(problem, switch, indices, gpu=hardware.gpu_of(switch.device)).run()
+        plans.run(launch_pool.plan_switch_to_index, problem, switch, indices)
     return indices
 
 
@@ -73,11 +74,11 @@ def _max_pool_backward(
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
         mask = None if output is None else layout.laid_out_like(output, switch)
-        gpu = hardware.gpu_of(grad.device)
-        launch_pool.plan_max_backward(problem, grad, switch, mask, grad_input, gpu=gpu).run()
+        plans.run(launch_pool.plan_max_backward, problem, grad, switch, mask, grad_input)
     return grad_input
 
 
+@remembered
 def _adaptive_problem(shape: Ints, output_size: Ints) -> AdaptivePool2dProblem:
     return AdaptivePool2dProblem(shape[0], shape[1], shape[2], shape[3], output_size[0], output_size[1])
 
@@ -90,7 +91,7 @@ def _adaptive_avg(input: torch.Tensor, output_size: Ints, channels_last: bool) -
     output = _adaptive_avg_fake(input, output_size, channels_last)
     if output.numel():
         problem = _adaptive_problem(input.shape, output_size)
-        launch_pool.plan_adaptive_avg_forward(problem, input, output, gpu=hardware.gpu_of(input.device)).run()
+        plans.run(launch_pool.plan_adaptive_avg_forward, problem, input, output)
     return output
 
 
@@ -98,7 +99,7 @@ def _adaptive_avg_backward(grad: torch.Tensor, input_shape: Ints, channels_last:
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
         problem = _adaptive_problem(input_shape, grad.shape[2:])
-        launch_pool.plan_adaptive_avg_backward(problem, grad, grad_input, gpu=hardware.gpu_of(grad.device)).run()
+        plans.run(launch_pool.plan_adaptive_avg_backward, problem, grad, grad_input)
     return grad_input
 
 
@@ -115,8 +116,8 @@ def _adaptive_max(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     output, switch = _adaptive_max_fake(input, output_size, with_switch, channels_last)
     if output.numel():
-        problem, gpu = _adaptive_problem(input.shape, output_size), hardware.gpu_of(input.device)
-        launch_pool.plan_adaptive_max_forward(problem, input, output, switch if with_switch else None, gpu=gpu).run()
+        problem = _adaptive_problem(input.shape, output_size)
+        plans.run(launch_pool.plan_adaptive_max_forward, problem, input, output, switch if with_switch else None)
     return output, switch
 
 
@@ -127,9 +128,7 @@ def _adaptive_max_indices(switch: torch.Tensor, input_shape: Ints) -> torch.Tens
     )  # fmt: skip
     indices = torch.empty_like(switch, dtype=torch.int64)
     if indices.numel():
-        launch_pool.plan_adaptive_switch_to_index(
-            problem, switch, indices, gpu=hardware.gpu_of(switch.device)
-        ).run()  # fmt: skip
+        plans.run(launch_pool.plan_adaptive_switch_to_index, problem, switch, indices)
     return indices
 
 
@@ -142,8 +141,7 @@ def _adaptive_max_backward(
     checks.belongs("grad", grad, shape, grad, grad.dtype)
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
-        gpu = hardware.gpu_of(grad.device)
-        launch_pool.plan_adaptive_max_backward(problem, grad, switch, grad_input, gpu=gpu).run()
+        plans.run(launch_pool.plan_adaptive_max_backward, problem, grad, switch, grad_input)
     return grad_input
 
 
@@ -166,9 +164,7 @@ def _avg_pool(
     if output.numel():
         problem = _average_problem(input.shape, kernel, stride, padding, ceil_mode)
         averaging = launch_pool.Averaging(count_include_pad, divisor)
-        launch_pool.plan_average_forward(
-            problem, averaging, input, output, gpu=hardware.gpu_of(input.device)
-        ).run()  # fmt: skip
+        plans.run(launch_pool.plan_average_forward, problem, averaging, input, output)
     return output
 
 
@@ -180,8 +176,8 @@ def _avg_pool_backward(
     checks.belongs("grad", grad, problem.y_shape, grad, grad.dtype)
     grad_input = layout.empty_image(input_shape, grad, channels_last)
     if grad_input.numel():
-        averaging, gpu = launch_pool.Averaging(count_include_pad, divisor), hardware.gpu_of(grad.device)
-        launch_pool.plan_average_backward(problem, averaging, grad, None, None, grad_input, gpu=gpu).run()
+        averaging = launch_pool.Averaging(count_include_pad, divisor)
+        plans.run(launch_pool.plan_average_backward, problem, averaging, grad, None, None, grad_input)
     return grad_input
 
 
@@ -192,9 +188,7 @@ def _lp_pool(
     if output.numel():
         problem = _average_problem(input.shape, kernel, stride, (0, 0), ceil_mode)
         averaging = launch_pool.Averaging(True, None, norm)
-        launch_pool.plan_average_forward(
-            problem, averaging, input, output, gpu=hardware.gpu_of(input.device)
-        ).run()  # fmt: skip
+        plans.run(launch_pool.plan_average_forward, problem, averaging, input, output)
     return output
 
 
@@ -207,8 +201,8 @@ def _lp_pool_backward(
         checks.belongs(name, tensor, problem.y_shape, input, input.dtype)
     grad_input = layout.empty_image(input.shape, grad, channels_last)
     if grad_input.numel():
-        averaging, gpu = launch_pool.Averaging(True, None, norm), hardware.gpu_of(grad.device)
-        launch_pool.plan_average_backward(problem, averaging, grad, input, output, grad_input, gpu=gpu).run()
+        averaging = launch_pool.Averaging(True, None, norm)
+        plans.run(launch_pool.plan_average_backward, problem, averaging, grad, input, output, grad_input)
     return grad_input
 
 
@@ -222,7 +216,7 @@ def _max_unpool(input: torch.Tensor, indices: torch.Tensor, output_size: Ints, c
         )
     output = layout.empty_image((*input.shape[:2], *output_size), input, channels_last).zero_()
     if input.numel():
-        launch_pool.plan_unpool(input, indices, output, gpu=hardware.gpu_of(input.device)).run()
+        plans.run(launch_pool.plan_unpool, input, indices, output)
     return output
 
 
@@ -230,7 +224,7 @@ def _max_unpool_backward(grad: torch.Tensor, indices: torch.Tensor, channels_las
     checks.belongs("indices", indices, (*grad.shape[:2], *indices.shape[2:]), grad, torch.int64)
     grad_input = layout.empty_image(indices.shape, grad, channels_last)
     if grad_input.numel():
-        launch_pool.plan_unpool_backward(grad, indices, grad_input, gpu=hardware.gpu_of(grad.device)).run()
+        plans.run(launch_pool.plan_unpool_backward, grad, indices, grad_input)
     return grad_input
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Ints = Sequence[int]
+Made = TypeVar("Made")
 OPS = torch.ops.tileconv
 LIBRARY = torch.library.Library("tileconv", "DEF")  # must stay alive: its death takes the ops with it
 
@@ -21,6 +22,22 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"tileconv::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"tileconv::{name}", functools.partial(_batched, getattr(OPS, name)), lib=LIBRARY)
+
+
+def remembered(build: Callable[..., Made]) -> Callable[..., Made]:
+    """`build`, a pure function of ints, sequences of ints and the like, which keeps what it made."""
+    kept = functools.lru_cache(maxsize=4096)(build)
+
+    @functools.wraps(build)
+    def call(*arguments: Any) -> Made:
+        if torch.compiler.is_compiling():  # it would trace through the cache, with a warning
+            return build(*arguments)
+        try:
+            return kept(*[tuple(value) if isinstance(value, list) else value for value in arguments])
+        except TypeError:  # symbolic extents have no hash
+            return build(*arguments)
+
+    return call
 
 
 def _batched(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tileconv.kernels import checks, hardware, layout
+from tileconv.kernels import checks, layout
 from tileconv.kernels.launch import conv as launch_conv
+from tileconv.kernels.launch import plans
 from tileconv.kernels.ops.conv import GEOMETRY, conv2d_problem
 from tileconv.kernels.ops.registry import Ints, define
 
@@ -13,25 +14,30 @@ from tileconv.kernels.ops.registry import Ints, define
 def _conv_transpose(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_shape: Ints, stride: Ints,
     padding: Ints, dilation: Ints, groups: int, activation: str | None, precision: str, channels_last: bool,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     problem = conv2d_problem(output_shape, weight.shape, stride, padding, dilation, groups)
     checks.belongs("input", input, problem.y_shape, weight, weight.dtype)
     output = layout.empty_image(output_shape, input, channels_last)
     if output.numel():
-        gpu = hardware.gpu_of(input.device)
-        for part in problem.dgrad:
-            (top, left), (down, right) = part.offset, part.stride
-            for launch in launch_conv.plan_fprop(
-                part.problem, input, weight, bias, output[:, :, top::down, left::right], gpu=gpu,
-                filters=part.filters, activation=activation, precision=precision,
-            ):  # fmt: skip
-                launch.run()
+        plans.run(
+            launch_conv.plan_transpose, problem, input, weight, bias, output, activation=activation,
+            precision=precision, batch_invariant=batch_invariant,
+        )  # fmt: skip
     return output
+
+
+def _conv_transpose_fake(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_shape: Ints, stride: Ints,
+    padding: Ints, dilation: Ints, groups: int, activation: str | None, precision: str, channels_last: bool,
+    batch_invariant: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    return layout.empty_image(output_shape, input, channels_last)
 
 
 define(
     f"conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, SymInt[4] output_shape, {GEOMETRY}, "
-    "str? activation, str precision, bool channels_last) -> Tensor",
+    "str? activation, str precision, bool channels_last, bool batch_invariant=False) -> Tensor",
     _conv_transpose,
-    lambda input, weight, bias, output_shape, *settings: layout.empty_image(output_shape, input, settings[-1]),
+    _conv_transpose_fake,
 )

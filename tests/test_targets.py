@@ -1,0 +1,172 @@
+"""The performance targets, held line by line to kernels compiled here and now: what is met stays met, and what falls
+short is listed, with how far.  A better kernel makes its line fail until the list says so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tileconv.bench import targets
+from tileconv.bench.cli import app
+from tileconv.bench.records import Inspection, load
+
+Where = tuple[str, str, str, str]  # target, architecture, pass, layer
+NO = None  # a missed yes-or-no target
+HGMMA, HMMA = "other instructions per HGMMA.64x128", "other instructions per HMMA.16816"
+TMA, WIDE, BYTES = "operands by TMA", "16-byte LDGSTS", "bytes requested / least"
+USEFUL, RATIO = "useful rows x useful columns", "modelled time / floor"
+# How many times the limit: at most this.
+SHORT: dict[Where, float | None] = {
+    # Read in runs, by cp.async: that is 1.6 times the floor, by the copy engine from a rewritten image it was 3.8.
+    (TMA, "sm_90", "fprop", "conv1"): NO,
+    (TMA, "sm_90", "wgrad", "conv1"): NO,
+    (HGMMA, "sm_90", "fprop", "conv1"): 4.43,
+    (HGMMA, "sm_90", "wgrad", "conv1"): 2.28,
+    # Bound by reading the weights from memory; tiles of 64 pixels leave few products a step.
+    (HGMMA, "sm_90", "dgrad", "fc8"): 1.63,
+    (HGMMA, "sm_90", "dgrad", "fc6"): 1.59,
+    (HGMMA, "sm_90", "fprop", "fc8"): 1.52,
+    # A shifted product shares its pixels with the first one and masks a tap in each step.
+    (HGMMA, "sm_90", "dgrad", "conv2"): 1.21,
+    (USEFUL, "sm_90", "dgrad", "conv2"): 1.03,
+    (USEFUL, "sm_90", "dgrad", "conv4"): 1.03,
+    (USEFUL, "sm_90", "wgrad", "conv3"): 1.06,
+    (RATIO, "sm_90", "dgrad", "conv2"): 1.02,
+    (f"{RATIO}, together", "sm_90", "dgrad", "conv2 to conv5"): 1.02,
+    # Windows of 3 at stride 2 overlap; what two of them read comes from L2 or L1, memory is read once.
+    (BYTES, "sm_90", "forward", "pool1"): 1.69,
+    (BYTES, "sm_90", "forward", "pool2"): 1.65,
+    (BYTES, "sm_90", "forward", "pool5"): 1.55,
+    (BYTES, "sm_90", "backward", "pool1"): 1.64,
+    (BYTES, "sm_90", "backward", "pool2"): 1.62,
+    (BYTES, "sm_90", "backward", "pool5"): 1.57,
+}
+# Pointer kernels: wgrad gathers (r, s, c) element by element, and small tiles have few products for their addresses.
+SHORT_ELSEWHERE: dict[Where, float | None] = {
+    (WIDE, "sm_80", "wgrad", "conv2"): NO,
+    (WIDE, "sm_80", "wgrad", "conv4"): NO,
+    (WIDE, "sm_86", "wgrad", "conv2"): NO,
+    (WIDE, "sm_86", "wgrad", "conv4"): NO,
+    (WIDE, "sm_89", "wgrad", "conv2"): NO,
+    (WIDE, "sm_89", "wgrad", "conv4"): NO,
+    (WIDE, "sm_89", "fprop", "conv4"): NO,
+    (HMMA, "sm_80", "fprop", "conv2"): 1.35,
+    (HMMA, "sm_80", "dgrad", "conv2"): 1.39,
+    (HMMA, "sm_80", "wgrad", "conv2"): 5.80,
+    (HMMA, "sm_80", "wgrad", "conv4"): 2.93,
+    (HMMA, "sm_86", "fprop", "conv2"): 4.21,
+    (HMMA, "sm_86", "fprop", "conv4"): 4.21,
+    (HMMA, "sm_86", "dgrad", "conv2"): 1.39,
+    (HMMA, "sm_86", "dgrad", "conv4"): 2.28,
+    (HMMA, "sm_86", "wgrad", "conv2"): 11.5,
+    (HMMA, "sm_86", "wgrad", "conv4"): 2.93,
+    (HMMA, "sm_89", "fprop", "conv2"): 4.21,
+    (HMMA, "sm_89", "fprop", "conv4"): 8.42,
+    (HMMA, "sm_89", "dgrad", "conv2"): 4.34,
+    (HMMA, "sm_89", "wgrad", "conv2"): 6.09,
+    (HMMA, "sm_89", "wgrad", "conv4"): 2.93,
+}
+# What no kernel may miss, whatever else it trades.
+ALWAYS = ("compiles", "fits shared memory", "stack bytes (spills)", "multiplies with HGMMA", "asynchronous HGMMA",
+          "tensor cores in the loop", "16-byte loads and stores")  # fmt: skip
+
+
+def inspected(folder: Path, *arguments: str) -> tuple[Inspection, ...]:
+    """What `tileconv inspect --json` writes, from kernels compiled anew."""
+    file = folder / "record.json"
+    done = CliRunner().invoke(app, ["inspect", "--suite", "alexnet", "--no-cache", *arguments, "--json", str(file)])
+    assert done.exit_code == 0, done.output[-2000:]
+    return load(file).inspections
+
+
+def hold(lines: Sequence[targets.Line], known: dict[Where, float | None]) -> None:
+    """Every line that falls short is a known one, no further than known; and every known one still falls short."""
+    missed = {(line.target, line.arch, line.pass_, line.subject): line for line in lines if not line.met}
+    assert not [line for line in missed.values() if line.target in ALWAYS]
+    assert [str(line) for where, line in missed.items() if where not in known] == [], "new shortfalls"
+    worse = [line for where, line in missed.items() if (bound := known[where]) is not None and line.excess > bound]
+    assert [str(line) for line in worse] == [], "further from the target than before"
+    assert [where for where in known if where not in missed] == [], "met by now: shorten the list"
+
+
+def names(lines: Iterable[targets.Line]) -> set[str]:
+    return {line.target for line in lines}
+
+
+@pytest.mark.slow
+def test_alexnet_on_sm_90(tmp_path: Path) -> None:
+    rows = inspected(tmp_path, "--arch", "sm_90")
+    lines = targets.lines(rows)
+    hold(lines, SHORT)
+    held = names(lines)
+    assert held >= {TMA, HGMMA, BYTES, USEFUL, RATIO, f"{RATIO}, conv1", f"{RATIO}, together", *ALWAYS[:5]}
+    assert {row.layer for row in rows} >= {f"conv{i}" for i in range(1, 6)} | {"fc6", "fc7", "fc8", "pool1"}
+    assert {row.batch for row in rows} == {128}
+
+
+@pytest.mark.slow
+def test_other_architectures(tmp_path: Path) -> None:
+    archs = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942")
+    chosen = [part for arch in archs for part in ("--arch", arch)]
+    chosen += [part for pass_ in ("fprop", "dgrad", "wgrad") for part in ("--pass", pass_)]
+    rows = inspected(tmp_path, *chosen, "--layer", "conv2", "--layer", "conv4")
+    lines = targets.lines(rows)
+    hold(lines, SHORT_ELSEWHERE)
+    by_arch = {arch: names(line for line in lines if line.arch == arch) for arch in archs}
+    assert all(by_arch[arch] >= {WIDE, HMMA} for arch in targets.AMPERE)
+    assert all("tensor cores in the loop" in by_arch[arch] for arch in targets.BLACKWELL)
+    assert by_arch["gfx942"] == {"compiles", "fits shared memory"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_small_batches_use_half_the_gpu(batch: int, tmp_path: Path) -> None:
+    passes = [part for pass_ in ("fprop", "dgrad", "wgrad") for part in ("--pass", pass_)]
+    rows = inspected(tmp_path, "--batch", str(batch), *passes, "--layer", "conv3")
+    busy = [line for line in targets.lines(rows) if line.target.startswith("busy share")]
+    assert len(busy) == 3
+    assert [str(line) for line in busy if not line.met] == []
+
+
+def a_row(**changes: object) -> Inspection:
+    row = Inspection(
+        case="alexnet/conv3/fprop/fp16/n128", network="alexnet", layer="conv3", pass_="fprop", dtype="fp16",
+        arch="sm_90", gpu="H100", batch=128, triton="3.7.1", kernel="fprop_box", tile="", num_warps=4, num_stages=4,
+        ctas=132, step=0, steps=1, role="main", registers=154, stack_bytes=0, spills=0, shared_bytes=1024, fits=True,
+        ctas_per_sm=1, scope="loop", instructions=700, mma="HGMMA.64x128x16.F32", loop_instructions=103, loop_mma=8,
+        other_per_mma=11.9, loop_loads={"UTMALDG": 2}, serialised=False, register_operand=False, useful_rows=1.0,
+        useful_columns=1.0, wave_efficiency=1.0, bytes_read=10, bytes_written=1, bytes_least=10, flops_done=1,
+        flops_needed=1, modelled_us=1.0, floor_us=1.0, bound_by="tensor", peak_tflops=1.0, dram_gbs=1.0, failure=None,
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
+
+
+def test_depthwise_kernels_are_held_to_bytes_not_to_tensor_cores() -> None:
+    row = a_row(kernel="fprop", mma=None, loop_loads={"LDG.128": 4, "STG.64": 1}, bytes_read=12, wave_efficiency=0.1)
+    missed = {line.target for line in targets.lines([row]) if not line.met}
+    assert missed == {"16-byte loads and stores", BYTES}
+
+
+def test_idle_sms_count_at_small_batches_alone() -> None:
+    assert "busy share of the SMs, small batches" not in names(targets.lines([a_row(wave_efficiency=0.1)]))
+    [line] = [x for x in targets.lines([a_row(batch=8, wave_efficiency=0.4)]) if x.target.startswith("busy share")]
+    assert not line.met and line.excess == pytest.approx(1.25)
+
+
+def test_new_and_stale_shortfalls_are_noticed() -> None:
+    lines = targets.lines([a_row(other_per_mma=21.0)])
+    where = (HGMMA, "sm_90", "fprop", "conv3")
+    hold(lines, {where: 1.5})
+    for known, words in (
+        ({}, "new shortfalls"),
+        ({where: 1.4}, "further"),
+        ({where: 1.5, (TMA, *where[1:]): NO}, "met by now"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            hold(lines, known)
+    with pytest.raises(AssertionError):
+        hold(targets.lines([a_row(spills=3)]), {("stack bytes (spills)", *where[1:]): NO})
