@@ -11,6 +11,7 @@ from functools import cache, partial
 from typing import Any
 
 from .cases import DTYPES, EPS
+from .images import images
 from .networks import known
 from .records import finite
 from .workers import Progress, Task, run_tasks, serve
@@ -39,10 +40,9 @@ def _network(batch: int, device: str) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from tileconv.model.alexnet import alexnet, layers
-    from tileconv.model.data import photographs
 
     model = alexnet(seed=0).eval().to(device)
-    x = photographs(batch).to(device).double()
+    x = images(batch)[0].to(device).double()
     inputs = {NETWORK: x}
     with torch.no_grad():
         for layer in layers(model):
@@ -147,7 +147,7 @@ def run_check(task: Task, device: str = "cpu") -> dict[str, Any]:
         "allowed": finite(allowed),
         "passed": bool(error <= allowed) and right_type,
         "seconds": round(seconds, 3),
-        "note": "" if right_type else f"output is {ours.dtype} {tuple(ours.shape)}",
+        "note": images(1)[1] if right_type else f"output is {ours.dtype} {tuple(ours.shape)}",
     }
 
 
@@ -173,7 +173,7 @@ def checks(
     """Check rows (JSON of records.Check) for AlexNet on `batch` photographs.
 
     `progress(done, total, label)` is called after each. A check that raises gives a row that did not pass, with the
-    error as its note. With a GPU one worker uses it; without, `jobs` workers interpret.
+    error as its note. With a GPU at most four workers share it; without, `jobs` workers interpret.
     """
     import torch
 
@@ -185,7 +185,7 @@ def checks(
     answers = run_tasks(
         "tileconv.bench.check",
         todo,
-        jobs=1 if gpu else jobs,
+        jobs=min(jobs, 4) if gpu else jobs,
         environment=environment,
         label=lambda task: f"{task['layer']} {task['dtype']} {task['formulation']}",
         progress=progress,
