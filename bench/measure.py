@@ -184,7 +184,9 @@ def time_case(
         except Exception as error:  # one provider's failure must not cost the rest of the run
             rows = [dataclasses.replace(blank, status="failed", note=f"not timed: {describe_error(error)}")]
             _still_there(rows)
-        _release()
+        if rows[0].status in ("failed", "out of memory"):
+            gc.collect()  # a traceback's frames hold their tensors in cycles
+        torch.cuda.empty_cache()
         yield rows
 
 
@@ -194,11 +196,6 @@ def _still_there(rows: list[Timing]) -> None:
         torch.cuda.synchronize()
     except RuntimeError as error:
         raise LostDevice(describe_error(error), rows) from error
-
-
-def _release() -> None:
-    gc.collect()  # graphs and closures hold buffers in cycles
-    torch.cuda.empty_cache()
 
 
 def _judged_and_timed(
