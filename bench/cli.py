@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -259,7 +259,6 @@ def _print_inspections(console: Console, record: Record) -> None:
     from .report_inspected import inspected_line, inspection_cells, modelled_line, peer_table, shortfall_table
 
     rows = record.inspections
-    wide = console if console.is_terminal else Console(width=500)
     short = shortfall_table(rows)
     beside = peer_table(record)
     parts = (
@@ -268,13 +267,7 @@ def _print_inspections(console: Console, record: Record) -> None:
         ("Beside Inductor's templates (theirs at best, ours modelled)", (beside.header, beside.rows)),
     )
     for title, (header, cells) in parts:
-        table = Table(box=None, pad_edge=False, title=title or None, title_justify="left")
-        for name in header:
-            table.add_column(name, overflow="fold")
-        for line in cells:
-            table.add_row(*line)
-        if cells:
-            wide.print(table, highlight=False, markup=False)
+        _print_table(console, title, header, cells)
     if record.peers:
         _say(console, "Peers: FlagGems is not a dependency and not compared here.")
     _say(console, f"Inspected: {inspected_line(rows)}")
@@ -302,6 +295,59 @@ def report(
     _say(console, f"Report: {paths[0]}")
     for line in headline(loaded):
         _say(console, line)
+
+
+@app.command("compare")
+def compare_command(
+    a: Annotated[Path, typer.Argument(metavar="A.json", help="The record to hold the other one against.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="The newer record.")],
+    fail_above: Annotated[str, typer.Option(help="How much slower a row may be, in percent.")] = "5%",
+    force: Annotated[bool, typer.Option("--force", help="Compare records of different devices all the same.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also list the rows that did not change.")] = False,
+) -> None:
+    """Compare two records: exit status 1 where ours became slower by more than noise, 2 where they cannot be compared.
+
+    Timings, where both have some; else modelled times and machine code.
+    """
+    from .compare import COLUMNS, compare, percentage
+    from .records import load
+
+    try:
+        found = compare(load(a), load(b), percentage(fail_above), force=force)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    console = Console()
+    shown = [row.cells for row in found.rows if every or row.verdict != "same"]
+    _print_table(console, f"{b} against {a}: {found.kind}", COLUMNS, shown)
+    for title, names in (("Only in A", found.only_a), ("Only in B", found.only_b)):
+        for name in names[:20]:
+            _say(console, f"{title}: {name}")
+        if len(names) > 20:
+            _say(console, f"{title}: and {len(names) - 20} more")
+    for note in found.notes:
+        _say(console, f"Different versions: {note}")
+    moved = sum(row.verdict == "rival moved" for row in found.rows)
+    if moved:
+        _say(console, f"{moved} rows of rivals moved as well: the machine may not be in the same state.")
+    _say(
+        console,
+        f"{len(found.regressions)} regressions above {fail_above} in {len(found.rows)} rows ({found.kind}); "
+        f"{len(found.only_a)} rows only in A, {len(found.only_b)} only in B",
+    )
+    if found.regressions:
+        raise typer.Exit(1)
+
+
+def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain table, as wide as it needs to be when nobody watches; nothing for no rows."""
+    wide = console if console.is_terminal else Console(width=500)
+    table = Table(box=None, pad_edge=False, title=title or None, title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for line in rows:
+        table.add_row(*line)
+    if rows:
+        wide.print(table, highlight=False, markup=False)
 
 
 @app.command()

@@ -8,25 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from .records import Check, Inspection
-from .targets import case_sums
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one version of a picture. The three series stay apart for colour-blind readers."""
+    """Colours of one version of a picture. The first three series stay apart for colour-blind readers."""
 
     page: str
     text: str
     grid: str
-    series: tuple[str, str, str]
+    series: tuple[str, str, str, str]
     muted: str
     alarm: str
 
 
-LIGHT = Theme("#ffffff", "#1c2128", "#d0d7de", ("#1f6fc9", "#d9632a", "#14916a"), "#c3cad2", "#b3123f")
-DARK = Theme("#14171c", "#e3e7ec", "#333a43", ("#5ba3f0", "#f08a55", "#3fc798"), "#4a535e", "#ff6b8f")
+LIGHT = Theme("#ffffff", "#1c2128", "#d0d7de", ("#1f6fc9", "#d9632a", "#14916a", "#7146a8"), "#c3cad2", "#b3123f")
+DARK = Theme("#14171c", "#e3e7ec", "#333a43", ("#5ba3f0", "#f08a55", "#3fc798", "#bf9cf0"), "#4a535e", "#ff6b8f")
 MARKERS = {"chosen": "o", "box": "s", "gather": "^", "pixel": "D"}
-MARKS = ("o", "^", "s")
 Draw = Callable[[Any, Theme], None]
 
 
@@ -116,7 +114,7 @@ def draw_loops(inspections: Sequence[Inspection]) -> Draw:
         if not rows:
             figure.text(0.5, 0.5, "no main loops were inspected", ha="center")
             return
-        panels = _grid(figure, len(archs))
+        panels = panels_of(figure, len(archs))
         for axes, arch in zip(panels, archs, strict=True):
             own = [i for i in rows if i.arch == arch]
             several = len({o.dtype for o in own}) > 1
@@ -143,77 +141,13 @@ def draw_loops(inspections: Sequence[Inspection]) -> Draw:
     return draw
 
 
-def _grid(figure: Any, count: int) -> list[Any]:
+def panels_of(figure: Any, count: int) -> list[Any]:
     """Panels two abreast, without an empty one at the end."""
     columns = min(2, count)
     grid = figure.subplots(-(-count // columns), columns, squeeze=False).flatten()
     for axes in grid[count:]:
         axes.remove()
     return list(grid[:count])
-
-
-@dataclass(frozen=True)
-class RooflinePoint:
-    """One case: operations a byte (each operand once), modelled TFLOP/s, and the roof above it."""
-
-    arch: str
-    gpu: str
-    dtype: str
-    pass_: str
-    layer: str
-    intensity: float
-    tflops: float
-    peak_tflops: float
-    dram_gbs: float
-
-
-def roofline_points(rows: Sequence[Inspection]) -> list[RooflinePoint]:
-    """The cases that multiply and have a prediction."""
-    points = []
-    for case in case_sums(rows):
-        first, speed, least = case.first, case.tflops, case.bytes_least
-        if speed and least and case.flops and first.peak_tflops and first.dram_gbs:
-            place = (first.arch, first.gpu, first.dtype, first.pass_, first.layer)
-            points.append(RooflinePoint(*place, case.flops / least, speed, first.peak_tflops, first.dram_gbs))
-    return points
-
-
-def draw_roofline(points: Sequence[RooflinePoint]) -> Draw:
-    """Modelled speed under the data sheet's roof, one panel for every architecture and dtype."""
-    panels = list(dict.fromkeys((p.arch, p.gpu, p.dtype) for p in points))
-    passes = list(dict.fromkeys(p.pass_ for p in points))
-
-    def draw(figure: Any, theme: Theme) -> None:
-        colors = dict(zip(passes, _cycle(theme, len(passes)), strict=True))
-        for axes, (arch, gpu, dtype) in zip(_grid(figure, len(panels)), panels, strict=True):
-            own = [p for p in points if (p.arch, p.dtype) == (arch, dtype)]
-            peak, dram = own[0].peak_tflops, own[0].dram_gbs / 1e3  # TB/s, so operations a byte give TFLOP/s
-            low = min(min(p.intensity for p in own) / 2, peak / dram / 4)
-            high = max(max(p.intensity for p in own) * 2, peak / dram * 4)
-            axes.plot([low, peak / dram, high], [low * dram, peak, peak], color=theme.text, linewidth=1.2)
-            axes.annotate(f"{peak:.0f} TFLOP/s", (high, peak), ha="right", va="bottom")
-            axes.annotate(f"{dram:.3g} TB/s", (low * 1.3, low * 1.3 * dram), ha="left", va="top")
-            for point, marker in ((p, MARKS[passes.index(p.pass_) % len(MARKS)]) for p in own):
-                axes.scatter([point.intensity], [point.tflops], s=18, marker=marker, color=colors[point.pass_])
-                axes.annotate(
-                    point.layer, (point.intensity, point.tflops), xytext=(3, -3), textcoords="offset points",
-                    va="top", fontsize=6,
-                )  # fmt: skip
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.set_title(f"{gpu} ({arch}), {dtype}: modelled", loc="left")
-            axes.set_xlabel("operations a byte, each operand moved once")
-            axes.set_ylabel("modelled TFLOP/s")
-            axes.grid(which="major", linewidth=0.6)
-            axes.set_axisbelow(True)
-        first = figure.axes[0]
-        handles = [
-            first.scatter([], [], color=colors[name], marker=MARKS[i % len(MARKS)], label=name)
-            for i, name in enumerate(passes)
-        ]
-        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-
-    return draw
 
 
 def loop_parts(item: Inspection) -> dict[str, int]:

@@ -19,7 +19,8 @@ from .measure import Instruments, Measurement, kept_rows
 from .memory import alexnet_saved
 from .networks import SUITES
 from .providers import Provider, chosen
-from .records import Check, Device, Inspection, Record, Saved, Timing, from_data, load, save
+from .published import published_gemms
+from .records import Check, Device, Inspection, Published, Record, Saved, Timing, from_data, load, save
 from .report import render_report
 from .timing import CudaTimer, Timer
 from .workers import Progress
@@ -69,7 +70,6 @@ class Job:
     overwrite: bool = False
     check_dtypes: Sequence[str] = CHECKED
     inspected: Sequence[Inspected] = INSPECTED
-    measured_batch: int | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     clock: float = field(default_factory=time.monotonic)
 
@@ -90,8 +90,7 @@ class Job:
 
     def measured(self) -> list[Case]:
         """The cases to time. Raises ValueError for an unknown suite or dtype."""
-        batch = self.measured_batch or BATCH_ON_GPU
-        return [case for suite in self.suites for case in cases(suite, batch, self.dtypes)]
+        return [case for suite in self.suites for case in cases(suite, BATCH_ON_GPU, self.dtypes)]
 
 
 class Interrupted(Exception):
@@ -134,7 +133,7 @@ def run_job(
     blank = Record(
         device=device, versions=environment.versions(), commit=environment.commit(),
         started=job.started.strftime("%Y-%m-%dT%H:%M:%SZ"), seconds=0.0, machine=environment.machine(),
-        command=job.command(device),
+        command=job.command(device), published=_rows(Published, published_gemms()),
     )  # fmt: skip
     if device.kind != "cuda":
         return _finish(job, _checked(job, blank, progress), out, data, progress)
@@ -250,6 +249,7 @@ def inspection_record(
         command=command,
         inspections=_rows(Inspection, rows),
         peers=_rows(Inspection, peers),
+        published=_rows(Published, published_gemms()),
     )
 
 

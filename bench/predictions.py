@@ -8,7 +8,7 @@ from typing import Any
 from .cases import DTYPES, Case, conv_problem, shape_of
 from .traffic import Traffic, traffic
 
-PRODUCTS = ("fprop_box", "fprop_gather", "wgrad_box", "wgrad_gather")
+PRODUCTS = ("fprop_box", "fprop_gather", "fprop_runs", "wgrad_box", "wgrad_gather", "wgrad_runs")
 FINISHES = ("fprop_finish", "add_slices")
 NOTHING: dict[str, Any] = {
     "useful_rows": None, "useful_columns": None, "wave_efficiency": None, "bytes_read": None, "bytes_written": None,
@@ -56,19 +56,21 @@ def predictions(case: Case, launches: Sequence[Any], gpu: Any) -> list[dict[str,
 
 def _products(case: Case, launches: Sequence[Any], gpu: Any) -> dict[int, tuple[Any, int, int]]:
     """For every launch that multiplies: its prediction, the layer's operations, and its operands' bytes, once."""
-    from tileconv.kernels import cost, tiles
+    from tileconv.kernels import cost, run_tiles, tiles
 
     problem, dtype = conv_problem(shape_of(case)), DTYPES[case.dtype]
+    in_runs = any(launch.kernel.__name__.endswith("_runs") for launch in launches)
+    choose = run_tiles.choose_runs if in_runs else tiles.choose
     if case.pass_ == "dgrad":
         problems = [(part.problem, part.problem) for part in problem.dgrad]
-    elif tiles.first_layer(problem, case.pass_, dtype, gpu):
+    elif not in_runs and tiles.first_layer(problem, case.pass_, dtype, gpu):
         problems = [(problem.space_to_depth, problem)]
     else:
         problems = [(problem, problem)]
     places = [i for i, launch in enumerate(launches) if launch.kernel.__name__ in PRODUCTS]
     found = {}
     for place, (own, asked) in zip(places, problems, strict=len(places) == len(problems)):
-        tile = tiles.choose(own, case.pass_, dtype, case.precision, gpu)
+        tile = choose(own, case.pass_, dtype, case.precision, gpu)
         if str(tile) != launches[place].tile:
             raise RuntimeError(f"{case}: the launch uses {launches[place].tile!r}, the model was asked about {tile}")
         prediction = cost.predict(own, case.pass_, tile, dtype, case.precision, gpu)

@@ -162,6 +162,18 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Published:
+    """A GEMM's speed that others measured and published, and the cost model's for the same problem: its calibration."""
+
+    problem: str
+    dtype: str
+    gpu: str
+    published_tflops: float
+    modelled_tflops: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Timing:
     """One measured case on a GPU; the quantiles are None where the row has no speed (wrong, or out of memory).
 
@@ -205,6 +217,9 @@ class Timing:
     def __post_init__(self) -> None:
         if not self.passed and any(v is not None for v in (self.p20_us, self.p50_us, self.p80_us, self.tflops)):
             raise RecordError(f"p50_us: the row {self.layer} {self.provider} is wrong, and a wrong row has no speed")
+        known = [q for q in (self.p20_us, self.p50_us, self.p80_us) if q is not None]
+        if any(q <= 0 for q in known) or known != sorted(known):
+            raise RecordError(f"p50_us: quantiles must be positive and ascending, got {known}")
 
 
 @dataclass(frozen=True)
@@ -223,6 +238,7 @@ class Record:
     peers: tuple[Inspection, ...] = ()
     timings: tuple[Timing, ...] = ()
     saved: tuple[Saved, ...] = ()
+    published: tuple[Published, ...] = ()
     schema: int = field(default=SCHEMA)
 
     def __post_init__(self) -> None:
@@ -340,7 +356,7 @@ def load(path: Path) -> Record:
     """Read a record. Raises RecordError, naming the file and the field, where it does not follow the schema."""
     try:
         data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: not JSON: {error}") from None
     if isinstance(data, dict) and data.get("schema") in READABLE:
         data["schema"] = SCHEMA

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from .document import Block, Figure, Heading, Paragraph, Table
-from .figures import draw_loops, draw_roofline, render, roofline_points
-from .records import Inspection, Record
-from .targets import CaseSum, Line, case_sums, lines, shortfalls
+from .document import MISSED, Block, Heading, Paragraph, Table, listed
+from .figures import draw_loops
+from .pictures import MAIN, Picture
+from .records import Inspection, Published, Record
+from .targets import CaseSum, Line, at_reference_batch, case_sums, lines, shortfalls
 
-# name, title, description, drawing -> the figure, its files written
-Picture = Callable[[str, str, str, tuple[bytes, bytes, bytes]], Figure]
-SHORT_HEADER = ("target", "architecture", "dtype", "pass", "layer", "found", "wanted", "times the limit")
+SHORT_HEADER = ("layer", "pass", "dtype", "architecture", "target", "found", "wanted", "times the limit")
 MODEL_NOTE = (
     "Modelled: computed from the tiles, published rates of the named GPU and the compiled loops; an upper bound on "
     "speed, and nobody's measurement."
@@ -24,12 +24,6 @@ def archs_of(rows: Iterable[Inspection]) -> list[str]:
     return list(dict.fromkeys(i.arch for i in rows))
 
 
-def listed(words: Iterable[str]) -> str:
-    """Words as a sentence lists them."""
-    *rest, last = [*words] or [""]
-    return f"{', '.join(rest)} and {last}" if rest else last
-
-
 def inspection_faults(item: Inspection) -> list[str]:
     """What is wrong with a compiled launch, in words; empty for a clean one."""
     if item.failure is not None:
@@ -39,9 +33,16 @@ def inspection_faults(item: Inspection) -> list[str]:
         "spills": item.stack_bytes > 0 or item.spills > 0,
         "too much shared memory": not item.fits,
         "serialised": item.serialised,
-        "operand A in registers": item.register_operand and hopper,
+        # Allowed in wgrad, as targets.py has it: there one operand goes through registers.
+        "operand A in registers": item.register_operand and hopper and item.pass_ != "wgrad",
     }
     return [name for name, there in faults.items() if there]
+
+
+def named_faults(bad: Sequence[Inspection]) -> str:
+    """The first three of the launches with faults, and what is wrong with them."""
+    named = [f"{i.layer} {i.pass_} {i.arch} ({listed(inspection_faults(i))})" for i in bad[:3]]
+    return listed([*named, f"{len(bad) - 3} more"] if len(bad) > 3 else named)
 
 
 def inspected_line(rows: Sequence[Inspection]) -> str:
@@ -56,8 +57,7 @@ def inspected_line(rows: Sequence[Inspection]) -> str:
         f"{len(rows) - len(bad)} without spills, serialised products or other faults"
     )
     if bad:
-        named = (f"{i.layer} {i.pass_} {i.arch} ({listed(inspection_faults(i))})" for i in bad[:3])
-        text += f", {len(bad)} not: " + listed(named) + (", ..." if len(bad) > 3 else "")
+        text += f", {len(bad)} not: {named_faults(bad)}"
     if held:
         text += f". Of {len(held)} targets, these modelled ones included, {short} are missed"
     hopper = sorted(
@@ -73,31 +73,64 @@ def inspected_line(rows: Sequence[Inspection]) -> str:
     return text + "."
 
 
-def modelled_line(rows: Sequence[Inspection]) -> str:
-    """One sentence on modelled times, by pass, for the first architecture and dtype that have them."""
-    cases = [case for case in case_sums(rows) if case.ratio is not None and case.flops]
+@dataclass(frozen=True)
+class ModelledSum:
+    """Modelled microseconds of a network's layers that multiply, in one pass, and as a multiple of their floors."""
+
+    network: str
+    gpu: str
+    arch: str
+    dtype: str
+    batch: int
+    pass_: str
+    us: float
+    ratio: float
+
+
+def modelled_sums(rows: Sequence[Inspection]) -> list[ModelledSum]:
+    """By pass, for the main network at its reference batch, and the first architecture and dtype that are modelled."""
+    cases = [case for case in case_sums(main_rows(rows)) if case.ratio is not None and case.flops]
     if not cases:
-        return "nothing."
+        return []
     first = cases[0].first
     same = [c for c in cases if (c.first.arch, c.first.dtype) == (first.arch, first.dtype)]
-    parts = []
+    sums = []
     for pass_ in dict.fromkeys(c.first.pass_ for c in same):
         group = [c for c in same if c.first.pass_ == pass_]
-        times, floors = (sum(c.modelled_us or 0 for c in group), sum(c.floor_us or 0 for c in group))
-        parts.append(f"{pass_} {times:.0f} us ({times / floors:.2f}x the floor)")
+        us, floor = sum(c.modelled_us or 0 for c in group), sum(c.floor_us or 0 for c in group)
+        where = (first.network, first.gpu, first.arch, first.dtype, first.batch)
+        sums.append(ModelledSum(*where, pass_, us, us / floor))
+    return sums
+
+
+def main_rows(rows: Sequence[Inspection]) -> list[Inspection]:
+    """AlexNet's rows, or those of the first network where it is not among them, at the reference batch."""
+    networks = {i.network for i in rows}
+    main = MAIN if MAIN in networks else next((i.network for i in rows), MAIN)
+    return [i for i in at_reference_batch(rows) if i.network == main]
+
+
+def modelled_line(rows: Sequence[Inspection]) -> str:
+    """One sentence on modelled times, by pass, for the first architecture and dtype that have them."""
+    sums = modelled_sums(rows)
+    if not sums:
+        return "nothing."
+    s = sums[0]
+    parts = listed(f"{one.pass_} {one.us:.0f} us ({one.ratio:.2f}x the floor)" for one in sums)
     return (
-        f"on {first.gpu} ({first.arch}), {first.dtype}, batch {first.batch}, over all layers that multiply: "
-        f"{listed(parts)}. The floor is the data sheet's; {MODEL_NOTE[0].lower()}{MODEL_NOTE[1:]}"
+        f"on {s.gpu} ({s.arch}), {s.network}, {s.dtype}, batch {s.batch}, over all layers that multiply: {parts}. The "
+        f"floor is the data sheet's; {MODEL_NOTE[0].lower()}{MODEL_NOTE[1:]}"
     )
 
 
 def inspection_cells(rows: Sequence[Inspection]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """The table of launches: its header, and a line of text for every row."""
-    header = ("layer", "pass", "dtype", "arch", "kernel", "tile", "CTAs", "per SM", "registers", "stack B", "shared B",
-              "tensor cores", "loop", "multiplies", "other per multiply", "loads and stores", "useful", "modelled us",
-              "bound by", "verdict")  # fmt: skip
+    header = ("layer", "network", "batch", "pass", "dtype", "arch", "kernel", "tile", "CTAs", "per SM", "registers",
+              "stack B", "shared B", "tensor cores", "loop", "multiplies", "other per multiply", "loads and stores",
+              "useful", "modelled us", "bound by", "verdict")  # fmt: skip
     cells = tuple(
-        (i.layer, i.pass_, i.dtype, i.arch, i.kernel if i.role == "main" else f"+ {i.kernel}", i.tile, str(i.ctas),
+        (i.layer, i.network, str(i.batch), i.pass_, i.dtype, i.arch,
+         i.kernel if i.role == "main" else f"+ {i.kernel}", i.tile, str(i.ctas),
          _count(i.ctas_per_sm), str(i.registers), str(i.stack_bytes), str(i.shared_bytes), i.mma or "-",
          _count(i.loop_instructions), str(i.loop_mma or "-"), _fixed(i.other_per_mma, 1),
          ", ".join(f"{n} {k}" for k, n in i.loop_loads.items()) or "-", _useful(i), _fixed(i.modelled_us, 1),
@@ -107,17 +140,18 @@ def inspection_cells(rows: Sequence[Inspection]) -> tuple[tuple[str, ...], tuple
     return header, cells
 
 
-def shortfall_table(rows: Sequence[Inspection], summary: str = "") -> Table:
+def shortfall_table(rows: Sequence[Inspection], caption: str = "") -> Table:
     """Every line that falls short of its target, worst first."""
-    return Table(SHORT_HEADER, tuple(_short_cells(line) for line in shortfalls(rows)), summary)
+    return Table(SHORT_HEADER, tuple(short_cells(line) for line in shortfalls(rows)), caption=caption)
 
 
-def _short_cells(line: Line) -> tuple[str, ...]:
-    times = "-" if math.isinf(line.excess) else f"{line.excess:.2f}x"
-    return (line.target, line.arch, line.dtype, line.pass_, line.subject, line.found, line.limit, times)
+def short_cells(line: Line) -> tuple[str, ...]:
+    """A target that is missed, as SHORT_HEADER names its cells."""
+    times = MISSED if math.isinf(line.excess) else f"{line.excess:.2f}x"
+    return (line.subject, line.pass_, line.dtype, line.arch, line.target, line.found, line.limit, times)
 
 
-def case_table(cases: Sequence[CaseSum]) -> Table:
+def case_table(cases: Sequence[CaseSum], summary: str = "", caption: str = "") -> Table:
     """A line for every case: its launches added up."""
     header = ("layer", "launches", "tile", "modelled us", "floor us", "modelled / floor", "modelled TFLOP/s",
               "bound by", "useful", "last wave full", "MB requested", "MB least")  # fmt: skip
@@ -128,7 +162,7 @@ def case_table(cases: Sequence[CaseSum]) -> Table:
          _fixed(None if c.bytes_least is None else c.bytes_least / 1e6, 1))
         for c in cases
     )  # fmt: skip
-    return Table(header, cells)
+    return Table(header, cells, summary, caption)
 
 
 def peer_table(record: Record) -> Table:
@@ -167,26 +201,43 @@ def peer_section(record: Record) -> list[Block]:
     return [Heading("Peers"), Paragraph(text), peer_table(record)]
 
 
-def inspect_section(rows: Sequence[Inspection], picture: Picture) -> list[Block]:
-    """Pictures and tables: what falls short, every pass of the modelled architectures, and every launch."""
-    blocks: list[Block] = [Heading("Inspected and modelled"), *_short_section(rows)]
-    if points := roofline_points(rows):
-        panels = len({(p.arch, p.dtype) for p in points})
-        size = (10.0, 4.4 * math.ceil(panels / 2))
-        title = (
-            "Modelled, not measured: arithmetic intensity against the cost model's speed, under the data sheet's roof."
-        )
-        text = "Modelled TFLOP/s against operations per byte for every layer and pass, on logarithmic scales"
-        blocks.append(picture("roofline", title, text, render(draw_roofline(points), size)))
-    blocks += _modelled_section(rows)
-    products = [i for i in rows if i.loop_instructions and i.loop_mma]
-    most = max((sum(i.arch == arch for i in products) for arch in archs_of(products)), default=0)
-    grid = max(1, math.ceil(len(archs_of(products)) / 2))
-    title = "What the main loop is made of, in instructions."
-    text = "Stacked bars: multiply, load and store, and other instructions in each main loop, by architecture"
-    drawing = render(draw_loops(rows), (10, max(2.5, grid * (1.2 + 0.2 * most))))
-    blocks += [picture("loops", title, text, drawing), *_launch_section(rows)]
-    return blocks
+def inspect_section(record: Record, picture: Picture) -> list[Block]:
+    """What falls short, every pass of the modelled architectures, what the model is held to, and every launch."""
+    rows = record.inspections
+    blocks: list[Block] = [Heading("Inspected and modelled"), Paragraph(_sentence(inspected_line(rows)))]
+    blocks += [*_short_section(rows), *_modelled_section(rows), *published_section(record.published)]
+    main = main_rows(rows)
+    products = [i for i in main if i.loop_instructions and i.loop_mma]
+    if products:
+        most = max(sum(i.arch == arch for i in products) for arch in archs_of(products))
+        grid = max(1, math.ceil(len(archs_of(products)) / 2))
+        title = "what the main loop is made of, in instructions."
+        text = "Stacked bars: multiply, load and store, and other instructions in each main loop, by architecture"
+        size = (10, max(2.5, grid * (1.2 + 0.2 * most)))
+        blocks.append(picture("loops", title, text, draw_loops(main), size, "inspected"))
+    return [*blocks, *_launch_section(rows)]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def published_section(rows: Sequence[Published]) -> list[Block]:
+    """What the cost model says of products whose speed others published."""
+    if not rows:
+        return []
+    text = (
+        "The cost model, asked about products that others have measured. Its constants (what the tensor cores give "
+        "under load, and what L2 delivers) were taken from figures of this kind, so agreement shows the calibration, "
+        "and not that convolutions run as modelled."
+    )
+    header = ("problem", "dtype", "GPU", "published TFLOP/s", "modelled TFLOP/s", "modelled / published", "source")
+    cells = tuple(
+        (p.problem, p.dtype, p.gpu, f"{p.published_tflops:.0f}", f"{p.modelled_tflops:.0f}",
+         f"{p.modelled_tflops / p.published_tflops:.2f}", p.source)
+        for p in rows
+    )  # fmt: skip
+    return [Heading("The model beside published products", 3), Paragraph(text), Table(header, cells)]
 
 
 def _short_section(rows: Sequence[Inspection]) -> list[Block]:
@@ -196,22 +247,27 @@ def _short_section(rows: Sequence[Inspection]) -> list[Block]:
         return []
     note = (
         f"{len(held) - len(short)} of {len(held)} lines meet their target. A line is one target held against one "
-        "launch, or one case. Missed yes-or-no targets come first, then the others by how far they pass the limit. A "
-        "case's modelled time includes its helper kernels (space-to-depth, the sum of partial results). Bytes "
-        "requested are those that all programs ask for, L2's traffic; the least is each operand once."
+        "launch, or one case, at the batch that the targets are stated for. Missed yes-or-no targets come first, then "
+        "the others by how far they pass the limit. A case's modelled time includes its helper kernels "
+        "(space-to-depth, the sum of partial results). Bytes requested are those that all programs ask for, L2's "
+        "traffic; the least is each operand once."
     )
-    return [Paragraph(note), shortfall_table(rows)] if short else [Paragraph(note)]
+    caption = f"Every line that falls short of its target, worst first ({len(short)})"
+    return [Paragraph(note), shortfall_table(rows, caption=caption)] if short else [Paragraph(note)]
 
 
 def _modelled_section(rows: Sequence[Inspection]) -> list[Block]:
-    blocks: list[Block] = [Paragraph(MODEL_NOTE)]
-    groups: dict[tuple[str, str, str, str], list[CaseSum]] = {}
-    for case in case_sums(rows):
+    blocks: list[Block] = [Heading("Modelled, case by case", 3), Paragraph(MODEL_NOTE)]
+    groups: dict[tuple[str, int, str, str, str, str], list[CaseSum]] = {}
+    for case in case_sums(at_reference_batch(rows)):
         row = case.first
         if case.floor_us is not None:
-            groups.setdefault((row.arch, row.gpu, row.dtype, row.pass_), []).append(case)
-    for (arch, gpu, dtype, pass_), cases in groups.items():
-        blocks += [Heading(f"{pass_}, {dtype}, {arch} (modelled for {gpu})", 3), case_table(cases)]
+            key = (row.network, row.batch, row.arch, row.gpu, row.dtype, row.pass_)
+            groups.setdefault(key, []).append(case)
+    main = {i.network for i in main_rows(rows)}
+    for (network, batch, arch, gpu, dtype, pass_), cases in groups.items():
+        title = f"{pass_} of {network} at batch {batch}, {dtype}, {arch} (modelled for {gpu})"
+        blocks.append(case_table(cases, **({"caption": title} if network in main else {"summary": title})))
     return blocks if groups else []
 
 
@@ -223,10 +279,10 @@ def _launch_section(rows: Sequence[Inspection]) -> list[Block]:
         "HGMMA.64x128 or HMMA.16816. Loads and stores are counted by width in bits: in the loop, or in the whole "
         "kernel where nothing multiplies. A plus sign marks a helper of the launch above or below it."
     )
-    blocks: list[Block] = [Paragraph(text)]
+    blocks: list[Block] = [Heading("Launch by launch", 3), Paragraph(text)]
     for arch in archs_of(rows):
         header, cells = inspection_cells([i for i in rows if i.arch == arch])
-        blocks.append(Table(header, cells, f"Every launch on {arch}"))
+        blocks.append(Table(header, cells, f"Every launch on {arch} ({len(cells)})"))
     return blocks
 
 

@@ -19,6 +19,7 @@ WIDE_LAYERS = ("conv2", "conv3", "conv4", "conv5")
 AMPERE = ("sm_80", "sm_86", "sm_89")
 BLACKWELL = ("sm_100", "sm_120")
 BATCH = 128  # the batch that the modelled limits are stated for
+NETWORKS = ("alexnet", "alexnet-2012")  # and the networks
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ class CaseSum:
         return None if None in known else sum(b for b in known if b is not None)
 
     @property
+    def extra_bytes(self) -> int | None:
+        """Memory besides operands and result; every launch of a case names the whole case's."""
+        return max((i.extra_bytes for i in self.rows if i.extra_bytes is not None), default=None)
+
+    @property
     def ratio(self) -> float | None:
         return None if self.modelled_us is None or not self.floor_us else self.modelled_us / self.floor_us
 
@@ -111,6 +117,21 @@ def case_sums(rows: Iterable[Inspection]) -> list[CaseSum]:
     for row in rows:
         groups.setdefault((row.case, row.arch), []).append(row)
     return [CaseSum(tuple(group)) for group in groups.values()]
+
+
+def at_reference_batch(rows: Iterable[Inspection]) -> list[Inspection]:
+    """Each layer at the batch that its targets and pictures are about: BATCH where it is there, else its largest."""
+    rows = list(rows)
+    batches: dict[tuple[str, str], set[int]] = {}
+    for row in rows:
+        batches.setdefault((row.network, row.layer), set()).add(row.batch)
+    return [row for row in rows if row.batch == reference_batch(batches[row.network, row.layer])]
+
+
+def reference_batch(batches: Iterable[int]) -> int:
+    """The one of a layer's batch sizes that its targets and pictures are about."""
+    found = set(batches)
+    return BATCH if BATCH in found else max(found)
 
 
 def _loads(item: Inspection) -> str:
@@ -155,7 +176,17 @@ def _memory_bound(item: Inspection) -> bool:
 
 
 def _wide_convolution(item: Inspection) -> bool:
-    return _on("sm_90")(item) and item.layer in WIDE_LAYERS and item.batch == BATCH
+    return _on("sm_90")(item) and item.layer in WIDE_LAYERS and _is_stated(item)
+
+
+def _is_stated(item: Inspection) -> bool:
+    """Whether limits that depend on the problem's size are stated for this network and batch."""
+    return item.network in NETWORKS and item.batch == BATCH
+
+
+def _subject(item: Inspection, part: str) -> str:
+    """A layer's name; with its network's, where that is not the one that most lines are about."""
+    return part if item.network == NETWORKS[0] else f"{item.network} {part}"
 
 
 def _number(value: float | None) -> str:
@@ -217,7 +248,8 @@ CASE_TARGETS = (
 
 
 def lines(rows: Sequence[Inspection]) -> list[Line]:
-    """Every target that applies to the rows, met or not; the worst first."""
+    """Every target that applies to the rows at the reference batch, met or not; the worst first."""
+    rows = at_reference_batch(rows)
     found = [line for row in rows for target in LAUNCH_TARGETS if (line := _launch_line(target, row))]
     found += _case_lines([case for case in case_sums(rows) if case.first.arch == "sm_90"])
     return sorted(found, key=lambda line: -line.excess)
@@ -233,7 +265,7 @@ def _launch_line(target: LaunchTarget, row: Inspection) -> Line | None:
     if limit is None or not target.applies(row) or (row.failure is not None and target.name != "compiles"):
         return None
     value = target.value(row)
-    subject = row.layer if row.role == "main" else f"{row.layer} ({row.kernel})"
+    subject = _subject(row, row.layer if row.role == "main" else f"{row.layer} ({row.kernel})")
     if isinstance(limit, bool):
         excess = 1.0 if value else math.inf
         text = "yes"
@@ -259,7 +291,7 @@ def _case_lines(cases: Sequence[CaseSum]) -> list[Line]:
         groups: dict[tuple[str, str, str, str], list[CaseSum]] = {}
         for case in cases:
             row = case.first
-            if row.layer in target.layers and row.batch == BATCH and row.dtype in TENSOR_DTYPES:
+            if row.layer in target.layers and _is_stated(row) and row.dtype in TENSOR_DTYPES:
                 alone = "" if target.together else row.layer
                 groups.setdefault((row.network, row.dtype, row.pass_, alone), []).append(case)
         for (_, dtype, pass_, alone), group in groups.items():
@@ -267,7 +299,7 @@ def _case_lines(cases: Sequence[CaseSum]) -> list[Line]:
                 continue
             ratio = _together(group)
             limit = target.limits[pass_]
-            subject = alone or f"{target.layers[0]} to {target.layers[-1]}"
+            subject = _subject(group[0].first, alone or f"{target.layers[0]} to {target.layers[-1]}")
             text = f"at most {limit:g}"
             found.append(Line(target.name, "sm_90", dtype, pass_, subject, _number(ratio), text,
                               _excess(ratio, limit, at_least=False)))  # fmt: skip

@@ -1,7 +1,8 @@
 """How many bytes a launch moves, computed from its arguments.
 
 Two different things are counted.  `read` and `written` are what the programs ask for, after masks and descriptor
-clipping: the traffic between L2 and the SMs, where every program fetches its own operands.  `least` counts every byte
+clipping: the traffic between L2 and the SMs, where every program fetches its own operands (but for runs, whose repeated
+pixels L1 keeps; the cost model takes that into account, this count does not).  `least` counts every byte
 that the launch touches once: what DRAM has to deliver if nothing is fetched twice.  tests/test_counted_bytes.py holds
 both to the loads and stores that the interpreter counts.
 """
@@ -9,6 +10,7 @@ both to the loads and stores that the interpreter counts.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -293,6 +295,19 @@ def _max_backward(a: Arguments) -> Traffic:
     return Traffic(images * reached * switch + hits, written, outputs * switch + hits + written)
 
 
+def _max_backward_cells(a: Arguments) -> Traffic:
+    """The windows over each cell, each loaded once for the cell."""
+    windows = math.prod(
+        sum(0 <= i - back < outputs for i in range(cells) for back in range((window - 1) // stride + 1))
+        for cells, outputs, window, stride in (
+            (a["CELLS_H"], a["P"], a["R"], a["STRIDE_H"]), (a["CELLS_W"], a["Q"], a["S"], a["STRIDE_W"]))
+    )  # fmt: skip
+    images = a["dx"].shape[0] * a["dx"].shape[1]
+    size = _itemsize(a["dy"]) + _itemsize(a["switch"]) + (_itemsize(a["y"]) if a["MASK"] else 0)
+    written = images * a["H"] * a["W"] * _itemsize(a["dx"])
+    return Traffic(images * windows * size, written, images * a["P"] * a["Q"] * size + written)
+
+
 def _window(a: Arguments, image: Any) -> tuple[int, int, int]:
     """Of one plane: elements that all windows load, and those they touch; then the number of planes."""
     rows = a["P"], a["R"], a["STRIDE_H"], a["PAD_H"], a["DIL_H"], a["H"]
@@ -337,6 +352,41 @@ def _space_to_depth(a: Arguments) -> Traffic:
     return Traffic(read, written, read + written)
 
 
+def _in_runs(a: Arguments) -> tuple[int, int]:
+    """Pixels of x that the runs of all outputs load, and those that some run reaches."""
+    rows = (a["P"], a["R"], a["STRIDE_H"], a["pad_h"], a["DIL_H"], a["H"])
+    loaded = _cdiv(a["USED"], a["ALIGN"]) * a["ALIGN"]
+    columns = (a["Q"], loaded, a["STRIDE_W"], a["FIRST"], 1, a["W"] * a["ALIGN"])
+    planes = a["N"] * a["C"]
+    return planes * _pairs(*rows) * _pairs(*columns), planes * _touched(*rows) * _touched(*columns)
+
+
+def _fprop_runs(a: Arguments) -> Traffic:
+    loaded, reached = _in_runs(a)
+    pixel_tiles = _cdiv(a["N"] * a["P"] * a["Q"], a["PIXELS"])
+    size = _itemsize(a["x"])
+    biases = a["K"] * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
+    weights = a["K"] * a["DEPTH"] * size
+    written = a["N"] * a["P"] * a["Q"] * a["K"] * _itemsize(a["y"])
+    read = loaded * size * _cdiv(a["K"], a["BLOCK_K"]) + pixel_tiles * (weights + biases)
+    return Traffic(read, written, reached * size + weights + biases + written)
+
+
+def _wgrad_runs(a: Arguments) -> Traffic:
+    loaded, reached = _in_runs(a)
+    size, depth = _itemsize(a["x"]), a["C"] * a["R"] * a["RUN"]
+    grads = a["N"] * a["P"] * a["Q"] * a["K"] * _itemsize(a["dy"])
+    written = a["dw"].numel() * _itemsize(a["dw"])
+    read = loaded * size * _cdiv(a["K"], a["BLOCK_K"]) + grads * _cdiv(depth, a["BLOCK_C"])
+    return Traffic(read, written, reached * size + grads + written)
+
+
+def _filters_to_runs(a: Arguments) -> Traffic:
+    read = a["out"].shape[0] * a["C"] * a["R"] * a["S"] * _itemsize(a["w"])
+    written = a["SIZE"] * _itemsize(a["out"])
+    return Traffic(read, written, read + written)
+
+
 def _bias_backward(a: Arguments) -> Traffic:
     elements = a["HEIGHT"] * a["K"]
     read = elements * (_itemsize(a["dy"]) + (_itemsize(a["y"]) if a["MASK"] else 0))
@@ -370,11 +420,16 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "wgrad_gather": _wgrad_gather,
     "max_forward": _max_forward,
     "max_backward": _max_backward,
+    "max_backward_cells": _max_backward_cells,
     "adaptive_avg_forward": _adaptive_forward,
     "adaptive_avg_backward": _adaptive_backward,
     "across_columns": _norm,
     "space_to_depth": _space_to_depth,
     "depth_to_space": _each_once("y", out="dw"),
+    "fprop_runs": _fprop_runs,
+    "wgrad_runs": _wgrad_runs,
+    "filters_to_runs": _filters_to_runs,
+    "runs_to_filters": _each_once("sums", out="dw"),
     "bias_backward": _bias_backward,
     "relu_forward": _each_once("x", out="y"),
     "relu_backward": _each_once("dy", "y", out="dx"),

@@ -131,8 +131,11 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
 
     A dgrad problem is the rephrased one, geometry.DgradPart.problem.
     """
-    shape = _wgrad_shape(problem, tile) if pass_ == "wgrad" else _fprop_shape(problem, tile)
     item = dtype.itemsize
+    if tile.formulation == "runs":
+        shape = _runs_shape(problem, pass_, tile, item)
+    else:
+        shape = _wgrad_shape(problem, tile) if pass_ == "wgrad" else _fprop_shape(problem, tile)
     shared_tiles = 0 if tile.splits == 1 else shape.tiles if pass_ == "wgrad" or not tile.tail else tile.tail
     whole_tiles = shape.tiles - min(shared_tiles, shape.tiles)
     partial = shape.rows * shape.columns * 4
@@ -145,7 +148,7 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
     cycles += rate.phase(shared_ctas, shape.steps / tile.splits, partial, resident)
     ctas = whole_tiles + shared_ctas
     total_steps = shape.tiles * shape.steps
-    read = int(total_steps * shape.stage_bytes(item))
+    read = int(total_steps * shape.step_bytes(item))
     written = whole_tiles * whole + shared_ctas * partial
     finish = 0.0
     if shared_ctas:
@@ -186,9 +189,18 @@ class _Shape:
     depth: int
     useful_rows: float
     useful_columns: float
+    fresh_bytes: float | None = None  # what a step's columns take from L2, where L1 holds the rest
+    loads: float = 0.0  # loads of runs, for every element of the columns
 
     def stage_bytes(self, itemsize: int) -> int:
+        """Shared memory of a step."""
         return (self.rows + self.columns) * self.depth * itemsize
+
+    def step_bytes(self, itemsize: int) -> float:
+        """What a step takes from L2."""
+        if self.fresh_bytes is None:
+            return self.stage_bytes(itemsize)
+        return self.fresh_bytes + self.rows * self.depth * itemsize
 
 
 def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
@@ -241,13 +253,44 @@ def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
     return _Shape(tiles, steps, tile.rows, tile.block_c * tile.taps, tile.pixels, K / (row_tiles * tile.rows), useful)
 
 
+def _runs_shape(problem: Conv2dProblem, pass_: str, tile: Tile, item: int) -> _Shape:
+    """A first layer's pass; steps of fprop go along the depth, those of wgrad along one row of outputs each."""
+    runs = problem.runs(item)
+    assert runs is not None
+    depth = problem.C * problem.R * runs.length
+    row_tiles = -(-problem.K // tile.rows)
+    useful_rows = problem.K / (row_tiles * tile.rows)
+    row_bytes = problem.C * problem.W * item
+    if pass_ == "wgrad":
+        column_tiles = -(-depth // tile.block_c)
+        widths = -(-problem.Q // tile.pixels)
+        useful = problem.C * problem.taps / (column_tiles * tile.block_c) * problem.Q / (widths * tile.pixels)
+        # From one row of outputs to the next the image moves on by the stride; L1 holds the rows that stay.
+        fresh = row_bytes * problem.stride[0] / widths * min(1.0, tile.block_c / depth)
+        return _Shape(
+            row_tiles * column_tiles * widths, problem.N * problem.P, tile.rows, tile.block_c, tile.pixels,
+            useful_rows, useful, fresh, 1 / runs.align,
+        )  # fmt: skip
+    boxes = -(-problem.N * problem.P * problem.Q // tile.pixels)
+    steps = -(-depth // tile.block_c)
+    image_rows = (tile.pixels / problem.Q) * problem.stride[0] + (problem.R - 1) * problem.dilation[0] + 1
+    useful = problem.N * problem.P * problem.Q / (boxes * tile.pixels) * problem.C * problem.taps / depth
+    return _Shape(
+        boxes * row_tiles, steps, tile.rows, tile.pixels, tile.block_c, useful_rows, useful,
+        row_bytes * image_rows / steps, 1 / runs.align,
+    )  # fmt: skip
+
+
 class _Rates:
     """Cycles that one step takes on one SM, by what it uses."""
 
     def __init__(self, shape: _Shape, tile: Tile, dtype: torch.dtype, precision: str, gpu: GPU) -> None:
         flops = 2 * shape.rows * shape.columns * shape.depth
         self.gpu = gpu
-        self.bytes = shape.stage_bytes(dtype.itemsize)
+        self.bytes = shape.step_bytes(dtype.itemsize)
+        self.stage = shape.stage_bytes(dtype.itemsize)
+        # Compiled loops of runs: 60 instructions and 11 for each load, which addresses and masks its pixels by itself.
+        loads = 11 * shape.loads * shape.columns * shape.depth / (32 * tile.num_warps)
         on_tensor_cores = dtype.itemsize == 2 or precision == "tf32"
         self.tensor = flops * gpu.clock * gpu.sms / gpu.peak(dtype, precision) / TENSOR_LOAD
         if gpu.arch >= 90 and on_tensor_cores:
@@ -257,12 +300,18 @@ class _Rates:
             if tile.formulation == "gather":  # addresses and masks: of every element, or of 16 bytes at once
                 elements = (shape.rows + shape.columns) * shape.depth / (32 * tile.num_warps)
                 instructions = 60 + elements * (13 if tile.flat else 2.5)
+            if tile.formulation == "runs":
+                instructions = 60 + 2 * products + loads
             # A warp group reads its 64 rows and all columns from shared memory for every product, 128 bytes a cycle.
             reads = shape.rows / 64 * (64 + min(256, shape.columns)) * max(1, shape.columns // 256)
             self.shared = reads * shape.depth * dtype.itemsize / 128
+            if loads:  # their way into shared memory is shorter than the copy engine's: 128 bytes a cycle too
+                self.shared += self.stage / 128
         else:
             products = flops / 4096 / tile.num_warps if on_tensor_cores else flops / 64 / tile.num_warps
             instructions = (115 + 1.44 * products) if on_tensor_cores else 1.3 * products
+            if loads:
+                instructions = 30 + 1.5 * products + loads
             self.shared = 0.0
         self.issue = instructions * tile.num_warps / 4
         self.latency = LOAD_CYCLES / max(1, tile.num_stages - 1)

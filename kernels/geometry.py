@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 Pair = tuple[int, int]
@@ -152,6 +152,27 @@ class Conv2dProblem:
         depth = -(-self.C * stride_h * stride_w // 8) * 8
         return Conv2dProblem(N=self.N, C=depth, H=self.P - 1 + R, W=self.Q - 1 + S, K=self.K, R=R, S=S)
 
+    @property
+    def interleaved(self) -> Conv2dProblem:
+        """The same problem on an image of one channel: its pixels' channels, side by side as NHWC has them.
+
+        Needs dilation 1 along W and one group.
+        """
+        before, after = self.padding[1]
+        return replace(
+            self, C=1, W=self.W * self.C, S=self.S * self.C, stride=(self.stride[0], self.stride[1] * self.C),
+            padding=(self.padding[0], (before * self.C, after * self.C)),
+        )  # fmt: skip
+
+    def runs(self, itemsize: int) -> Runs | None:
+        """How the rows of the filters lie along image rows; None where no aligned load of four bytes or more fits."""
+        stride = self.stride[1]
+        align = min(stride & -stride, 16 // itemsize)
+        if align * itemsize < 4 or self.dilation[1] != 1 or self.groups != 1 or self.W % align:
+            return None
+        lead = -self.padding[1][0] % align
+        return Runs(1 << (lead + self.S - 1).bit_length(), lead, align)
+
     def _dgrad_part(self, row: Residue, column: Residue) -> DgradPart:
         problem = Conv2dProblem(
             N=self.N, C=self.K, H=self.P, W=self.Q, K=self.C, R=row.taps, S=column.taps,
@@ -161,6 +182,18 @@ class Conv2dProblem:
             first=row.first * self.S + column.first, step_r=row.step * self.S, step_s=column.step, transposed=True
         )
         return DgradPart(problem, filters, (row.offset, column.offset), self.stride)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A row of a filter meets `length` neighbouring pixels of an image row, from `lead` pixels before the filter.
+
+    With the lead every run starts at a multiple of `align` pixels; the length is a power of two.
+    """
+
+    length: int
+    lead: int
+    align: int
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,9 @@ def _best(
     def time(tile: ConvTile) -> float:
         predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
         # Where most SMs idle, a step's latency decides, and of that the model knows least: ask for a tenth more.
-        return predicted.modelled_us * (1.1 if predicted.ctas < gpu.sms / 2 else 1.0)
+        us = predicted.modelled_us * (1.1 if predicted.ctas < gpu.sms / 2 else 1.0)
+        # Tensor cores of half the width (sm_86, sm_89) hide any tile's instructions and traffic; they cost power still.
+        return us if gpu.arch >= 90 else us + 0.1 * (predicted.issue_us + predicted.l2_us)
 
     return min(valid, key=time)
 
@@ -373,9 +375,10 @@ def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
     stages = 4 if gpu.shared_block > 120_000 else 3
     if pass_ == "wgrad":
         tiles = [
-            ConvTile("gather", (depth, 1, 1), block_k, block_c, 8, 3, flat=True)
-            for block_k, block_c in itertools.product((32, 64, 128), (32, 64, 128))
+            ConvTile("gather", (pixels, 1, 1), block_k, block_c, 8, 3, flat=True)
+            for pixels, block_k, block_c in itertools.product((depth, 2 * depth), (32, 64, 128), (32, 64, 128))
             if block_k * block_c * dtype.itemsize <= 32_768  # 128 x 128 of 4-byte elements spills
+            and (pixels == depth or min(block_k, block_c) == 128)
         ]
         return [replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile, gpu)]
     if problem.group_channels < 16:

@@ -548,8 +548,6 @@ def wgrad_gather(
     N,
     H,
     W,
-    P,
-    Q,
     K,  # filters of one group
     stride_xn,
     stride_xh,
@@ -561,6 +559,8 @@ def wgrad_gather(
     stride_yk,
     pad_h,
     pad_w,
+    P: tl.constexpr,  # constants, because every pixel is divided by them
+    Q: tl.constexpr,
     C: tl.constexpr,  # channels of one group
     R: tl.constexpr,
     S: tl.constexpr,
@@ -590,8 +590,8 @@ def wgrad_gather(
     c = d % C
     h_tap = (d // C // S) * DIL_H - pad_h
     w_tap = (d // C % S) * DIL_W - pad_w
-    column = h_tap.to(tl.int64) * stride_xh + w_tap.to(tl.int64) * stride_xw + (g * C + c).to(tl.int64) * stride_xc
-    filters = (g * K + k).to(tl.int64) * stride_yk
+    column = h_tap.to(INDEX) * stride_xh + w_tap.to(INDEX) * stride_xw + (g * C + c).to(INDEX) * stride_xc
+    grads = dy + (g * K + k).to(INDEX)[:, None] * stride_yk
     inside_d = d < R * S * C
     inside_k = k < K
     steps = tl.cdiv(N * P * Q, PIXELS)
@@ -601,16 +601,16 @@ def wgrad_gather(
         i = tl.cast(step, INDEX) * PIXELS + tl.arange(0, PIXELS)
         q = (i % Q).to(tl.int32)
         p = (i // Q % P).to(tl.int32)
-        n = (i // Q // P).to(tl.int64)
+        n = i // Q // P
         h = (p * STRIDE_H)[:, None] + h_tap[None, :]
         w = (q * STRIDE_W)[:, None] + w_tap[None, :]
         inside = (n < N)[:, None] & inside_d[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         pixel = n * stride_xn + (p * STRIDE_H).to(INDEX) * stride_xh + (q * STRIDE_W).to(INDEX) * stride_xw
         patch = tl.load(x + pixel[:, None] + column[None, :], mask=inside, other=0.0)
         pixel_y = n * stride_yn + p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
-        inside_y = (n < N)[:, None] & inside_k[None, :]
-        grad = tl.load(dy + pixel_y[:, None] + filters[None, :], mask=inside_y, other=0.0)
-        acc = tl.dot(grad.T, patch, acc, input_precision=PRECISION, out_dtype=ACC)
+        # Loaded as it is multiplied: turned afterwards, Triton fetches it through registers on sm_80.
+        grad = tl.load(grads + pixel_y[None, :], mask=inside_k[:, None] & (n < N)[None, :], other=0.0)
+        acc = tl.dot(grad, patch, acc, input_precision=PRECISION, out_dtype=ACC)
     rows = ((split * GROUPS + g).to(tl.int64) * K + k) * (R * S * C)
     inside = inside_k[:, None] & inside_d[None, :]
     tl.store(dw + rows[:, None] + d[None, :], acc.to(dw.dtype.element_ty), mask=inside)

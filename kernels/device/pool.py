@@ -210,6 +210,87 @@ def max_backward(
     tl.store(dx + out, acc.to(dx.dtype.element_ty), mask=inside)
 
 
+# The same for channels_last and dilation 1: a program makes whole cells of STRIDE_H x STRIDE_W input pixels, so that
+# all pixels of a cell share the loads of the windows over it, and these are never masked element by element.
+@triton.jit
+def max_backward_cells(
+    dy,
+    switch,
+    y,  # as in max_backward
+    dx,
+    C,
+    H,
+    W,
+    P,
+    Q,
+    HEIGHT,  # cells of all images
+    CELLS_H,
+    CELLS_W,
+    stride_gn,
+    stride_gc,
+    stride_gp,
+    stride_gq,
+    stride_yn,
+    stride_yc,
+    stride_yp,
+    stride_yq,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    MASK: tl.constexpr,
+    ACC: tl.constexpr,
+    NHWC: tl.constexpr,
+    INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    n, c, i, j, inside = output_tile(tl.program_id(0), C, CELLS_H, CELLS_W, HEIGHT, NHWC, INDEX, ROWS, COLS)
+    grad_base = dy + n * stride_gn + c * stride_gc
+    out_base = n * stride_yn + c * stride_yc
+    BACK_H: tl.constexpr = (R - 1) // STRIDE_H + 1  # windows over a cell
+    BACK_W: tl.constexpr = (S - 1) // STRIDE_W + 1
+    grads = ()
+    taps = ()
+    for back in tl.static_range(BACK_H * BACK_W):
+        p = i - back // BACK_W
+        q = j - back % BACK_W
+        valid = inside & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+        at = out_base + p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
+        grad = tl.load(grad_base + p.to(INDEX) * stride_gp + q.to(INDEX) * stride_gq, mask=valid, other=0.0)
+        if MASK:
+            grad = tl.where(tl.load(y + at, mask=valid, other=0.0) > 0, grad, tl.zeros_like(grad))
+        grads = grads + (grad.to(ACC),)
+        taps = taps + (tl.load(switch + at, mask=valid, other=0).to(tl.int32),)
+    for pixel in tl.static_range(STRIDE_H * STRIDE_W):
+        acc = _cell_sum(taps, grads, pixel // STRIDE_W, pixel % STRIDE_W, R, S, STRIDE_H, STRIDE_W)
+        h = i * STRIDE_H + (pixel // STRIDE_W - PAD_H)
+        w = j * STRIDE_W + (pixel % STRIDE_W - PAD_W)
+        out = n * stride_xn + c * stride_xc + h.to(INDEX) * stride_xh + w.to(INDEX) * stride_xw
+        tl.store(dx + out, acc.to(dx.dtype.element_ty), mask=inside & (h >= 0) & (h < H) & (w >= 0) & (w < W))
+
+
+@triton.jit
+def _cell_sum(
+    taps, grads, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+):  # fmt: skip
+    # Of the windows over a cell, the gradients of those whose maximum was its pixel (A, B).
+    BACK_W: tl.constexpr = (S - 1) // STRIDE_W + 1
+    acc = tl.zeros_like(grads[0])
+    for back in tl.static_range(((R - 1) // STRIDE_H + 1) * BACK_W):
+        if A + back // BACK_W * STRIDE_H < R and B + back % BACK_W * STRIDE_W < S:
+            hit = taps[back] == (A + back // BACK_W * STRIDE_H) * S + B + back % BACK_W * STRIDE_W
+            acc += tl.where(hit, grads[back], tl.zeros_like(acc))
+    return acc
+
+
 # y[n, c, p, q] = mean over rows floor(p * H / P) .. ceil((p + 1) * H / P) and the columns likewise.
 @triton.jit
 def adaptive_avg_forward(

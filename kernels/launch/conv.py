@@ -13,7 +13,7 @@ from tileconv.kernels import layout, tiles
 from tileconv.kernels.device import conv as device
 from tileconv.kernels.geometry import Conv2dProblem, Filters
 from tileconv.kernels.hardware import GPU
-from tileconv.kernels.launch import depthwise
+from tileconv.kernels.launch import depthwise, runs
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
 from tileconv.kernels.launch.descriptors import (
     aligned,
@@ -46,6 +46,8 @@ def plan_fprop(
     """
     if filters is None and _depthwise(problem):
         return depthwise.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation)
+    if filters is None and runs.applies(problem, "fprop", x, precision):
+        return runs.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation, precision=precision)
     filters = filters or problem.filters
     if tiles.first_layer(problem, "dgrad" if filters.transposed else "fprop", x.dtype, gpu):
         blocks, x, first = _to_depth(problem, x, gpu)
@@ -90,6 +92,8 @@ def plan_wgrad(
     """The launches that write dw [K, C/groups, R, S] (channels_last): partial sums, then their sum in a fixed order."""
     if _depthwise(problem):
         return depthwise.plan_wgrad(problem, dy, x, dw, gpu=gpu)
+    if runs.applies(problem, "wgrad", x, precision):
+        return runs.plan_wgrad(problem, dy, x, dw, gpu=gpu, precision=precision)
     if tiles.first_layer(problem, "wgrad", x.dtype, gpu):
         blocks, x, first = _to_depth(problem, x, gpu)
         blocked = layout.empty_image(blocks.w_shape, dw, channels_last=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +60,17 @@ def plan_max_backward(
         **strides("y", switch, "ncpq"), **strides("x", dx, "nchw"), **_window(problem),
         "MASK": y is not None, "ACC": accumulator(dx.dtype),
     }  # fmt: skip
-    return _tiled(device.max_backward, arguments, dx, problem.x_shape, gpu, [dx, dy])
+    # Windows and pixels are unrolled, and NCHW would store every STRIDE_W-th element.
+    if problem.dilation != (1, 1) or max(problem.taps, math.prod(problem.stride)) > 25 or not _channels_inner(dx):
+        return _tiled(device.max_backward, arguments, dx, problem.x_shape, gpu, [dx, dy])
+    cells = tuple(
+        -(-(extent + pad) // stride)
+        for extent, pad, stride in zip(problem.x_shape[2:], problem.padding, problem.stride, strict=True)
+    )
+    del arguments["DIL_H"], arguments["DIL_W"]
+    arguments |= {"CELLS_H": cells[0], "CELLS_W": cells[1]}
+    shape = (problem.N, problem.C, *cells)
+    return _tiled(device.max_backward_cells, arguments, dx, shape, gpu, [dx, dy])
 
 
 def plan_adaptive_avg_forward(problem: AdaptivePool2dProblem, x: torch.Tensor, y: torch.Tensor, *, gpu: GPU) -> Launch:
@@ -197,6 +208,10 @@ def _window(problem: Pool2dProblem) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _channels_inner(image: torch.Tensor) -> bool:
+    return image.shape[1] > 1 and image.stride(1) == 1
+
+
 def _tiled(
     kernel: Any,
     arguments: dict[str, Any],
@@ -213,7 +228,7 @@ def _tiled(
     the registers: `crowded` halves it there.
     """
     count, channels, rows, columns = shape
-    nhwc = channels > 1 and out.stride(1) == 1
+    nhwc = _channels_inner(out)
     height, width = (count * rows * columns, channels) if nhwc else (count * channels * rows, columns)
     tile = tiles.choose_elementwise(height, width, out.dtype, gpu)
     if crowded and not nhwc and not gpu.interprets:

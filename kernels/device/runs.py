@@ -1,0 +1,211 @@
+"""First layers straight from the image: few channels and an even stride, so that no descriptor fits its pixels.
+
+Depth is counted in runs.  A row of a filter meets a run of neighbouring pixels of one image row and channel; RUN of
+them, from LEAD pixels before the filter, start at a multiple of ALIGN pixels.  So they come in loads of ALIGN pixels,
+asynchronously, with no rewritten image in between.  Filters are read as [K, (c, r, e)] with zeros where a run is longer
+than the filter.
+"""
+
+import triton
+import triton.language as tl
+
+from tileconv.kernels.device.conv import _bias_and_activation
+
+_FAR = tl.constexpr(1 << 29)  # a row that is outside every image
+
+
+# GEMM_M: filters.  GEMM_N: flat output pixels (n, p, q).  GEMM_K: (c, r, e), e inside a run.
+@triton.jit
+def fprop_runs(
+    x,  # pointer to [N, C, H, W], W contiguous
+    w,  # pointer to [K, DEPTH], zero beyond C * R * RUN
+    y,  # pointer, any strides
+    bias,  # pointer to [K], or None
+    N,
+    H,
+    W,  # in units of ALIGN pixels, as the strides of x
+    K,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_yn,
+    stride_yp,
+    stride_yq,
+    stride_yk,
+    pad_h,
+    P: tl.constexpr,  # constants, because every pixel is divided by them
+    Q: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    RUN: tl.constexpr,
+    USED: tl.constexpr,  # pixels of a run up to the filter's end: LEAD + S
+    FIRST: tl.constexpr,  # pixels from the first run's start to the image's: pad_w + LEAD
+    ALIGN: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    OUT: tl.constexpr,
+    INDEX: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # a multiple of RUN
+):
+    LOADED: tl.constexpr = (USED + ALIGN - 1) // ALIGN * ALIGN
+    t = tl.program_id(0)
+    n_k = tl.cdiv(K, BLOCK_K)
+    k = (t % n_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    i = tl.cast(t // n_k, INDEX) * PIXELS + tl.arange(0, PIXELS)
+    q = (i % Q).to(tl.int32)
+    p = (i // Q % P).to(tl.int32)
+    n = i // Q // P
+    d = tl.arange(0, BLOCK_C)
+    h0 = p * STRIDE_H - pad_h
+    v = (q * STRIDE_W - FIRST)[:, None] + (d % RUN)[None, :]
+    start = (n * (stride_xn * ALIGN) + h0.to(INDEX) * (stride_xh * ALIGN))[:, None] + v
+    # What a run has outside its row reads as zero because its image row is far away: one comparison in the loop.
+    inside = (v >= 0) & (v < W * ALIGN) & (n < N)[:, None] & (d % RUN < LOADED)[None, :]
+    h0 = tl.where(inside, h0[:, None], -2 * _FAR)
+    filters = w + k.to(INDEX)[:, None] * DEPTH + d[None, :]
+    acc = tl.zeros((BLOCK_K, PIXELS), ACC)
+    for d0 in tl.range(0, DEPTH, BLOCK_C):
+        run = d0 // RUN + d // RUN
+        r = run % R * DIL_H
+        shift = tl.cast(run // R, INDEX) * (stride_xc * ALIGN) + r.to(INDEX) * (stride_xh * ALIGN)
+        h = h0 + tl.where(run < C * R, r, _FAR)[None, :]
+        # A negative row is a large unsigned one.
+        pixels = tl.load(x + (start + shift[None, :]), mask=h.to(tl.uint32) < H.to(tl.uint32), other=0.0)
+        a = tl.load(filters + d0, mask=(k < K)[:, None], other=0.0)
+        acc = tl.dot(a, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
+    acc = _bias_and_activation(acc, bias, 0, k, K, HAS_BIAS, ACTIVATION)
+    at = n.to(tl.int64) * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
+    rows = k.to(tl.int64) * stride_yk
+    tl.store(y + rows[:, None] + at[None, :], acc.to(OUT), mask=(k < K)[:, None] & (n < N)[None, :])
+
+
+# GEMM_M: filters.  GEMM_N: (c, r, e), e inside a run.  GEMM_K: output pixels, PIXELS of one row a step; the rows of all
+# images are split between programs, each of which writes its own slice of dw.
+@triton.jit
+def wgrad_runs(
+    x,  # pointer to [N, C, H, W], W contiguous
+    dy,  # pointer, any strides
+    dw,  # pointer to [SPLITS * columns of programs, K, C * R * RUN]
+    N,
+    H,
+    W,  # in units of ALIGN pixels, as the strides of x
+    P,
+    Q,
+    K,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_yn,
+    stride_yp,
+    stride_yq,
+    stride_yk,
+    pad_h,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    RUN: tl.constexpr,
+    USED: tl.constexpr,
+    FIRST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    LOADED: tl.constexpr = (USED + ALIGN - 1) // ALIGN * ALIGN
+    t = tl.program_id(0)
+    n_k = tl.cdiv(K, BLOCK_K)
+    k = (t % n_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    t = t // n_k
+    n_d = tl.cdiv(C * R * RUN, BLOCK_C)
+    d = (t % n_d) * BLOCK_C + tl.arange(0, BLOCK_C)
+    slot = t // n_d
+    n_q = tl.cdiv(Q, PIXELS)
+    q = slot % n_q * PIXELS + tl.arange(0, PIXELS)
+    split = slot // n_q
+    run = d // RUN
+    r = run % R * DIL_H - pad_h
+    v = (q * STRIDE_W - FIRST)[:, None] + (d % RUN)[None, :]
+    start = v + (tl.cast(run // R, INDEX) * (stride_xc * ALIGN) + r.to(INDEX) * (stride_xh * ALIGN))[None, :]
+    inside = (v >= 0) & (v < W * ALIGN) & (q < Q)[:, None] & ((run < C * R) & (d % RUN < LOADED))[None, :]
+    r = tl.where(inside, r[None, :], -2 * _FAR)
+    grads = dy + k.to(INDEX)[:, None] * stride_yk + q.to(INDEX)[None, :] * stride_yq
+    inside_y = (k < K)[:, None] & (q < Q)[None, :]
+    share = tl.cdiv(N * P, SPLITS)
+    begin = split * share
+    p = begin % P
+    n = tl.cast(begin // P, INDEX)
+    acc = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+    for _ in tl.range(begin, tl.minimum(begin + share, N * P)):
+        row = n * (stride_xn * ALIGN) + tl.cast(p * STRIDE_H, INDEX) * (stride_xh * ALIGN)
+        h = p * STRIDE_H + r
+        patch = tl.load(x + (row + start), mask=h.to(tl.uint32) < H.to(tl.uint32), other=0.0)
+        grad = tl.load(grads + (n * stride_yn + tl.cast(p, INDEX) * stride_yp), mask=inside_y, other=0.0)
+        acc = tl.dot(grad, patch, acc, input_precision=PRECISION, out_dtype=ACC)
+        p += 1
+        wrap = p >= P
+        p = tl.where(wrap, 0, p)
+        n = tl.where(wrap, n + 1, n)
+    rows = (slot.to(tl.int64) * K + k) * (C * R * RUN)
+    tl.store(dw + rows[:, None] + d[None, :], acc, mask=(k < K)[:, None] & (d < C * R * RUN)[None, :])
+
+
+# out[k, (c, r, e)] = w[k, c, r, e - LEAD], zero outside the filter.
+@triton.jit
+def filters_to_runs(
+    w,  # pointer, any strides
+    out,  # pointer to [K, DEPTH]
+    SIZE,
+    stride_wk,
+    stride_wc,
+    stride_wr,
+    stride_ws,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    RUN: tl.constexpr,
+    LEAD: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = i % DEPTH
+    s = d % RUN - LEAD
+    run = d // RUN
+    at = (i // DEPTH).to(tl.int64) * stride_wk + run // R * stride_wc + run % R * stride_wr + s * stride_ws
+    inside = (s >= 0) & (s < S) & (run < C * R) & (i < SIZE)
+    tl.store(out + i, tl.load(w + at, mask=inside, other=0.0), mask=i < SIZE)
+
+
+# dw[k, r, s, c] = sums[k, (c, r, s + LEAD)]: the way back.
+@triton.jit
+def runs_to_filters(
+    sums,  # pointer to [K, C * R * RUN]
+    dw,  # pointer to [K, R, S, C]
+    SIZE,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    RUN: tl.constexpr,
+    LEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = i % C
+    s = i // C % S
+    r = i // C // S % R
+    at = i // C // S // R * (C * R * RUN) + (c * R + r) * RUN + s + LEAD
+    tl.store(dw + i, tl.load(sums + at, mask=i < SIZE, other=0.0).to(dw.dtype.element_ty), mask=i < SIZE)

@@ -1,0 +1,118 @@
+"""First layers read in runs, on the host side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from tileconv.kernels import layout, run_tiles
+from tileconv.kernels.device import runs as device
+from tileconv.kernels.geometry import Conv2dProblem, Runs
+from tileconv.kernels.hardware import GPU
+from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
+from tileconv.kernels.launch.pointwise import plan_add_slices
+from tileconv.kernels.tiles import choose_elementwise
+
+
+def applies(problem: Conv2dProblem, pass_: str, x: torch.Tensor, precision: str) -> bool:
+    """Whether a pass can read x [N, C, H, W] in runs: neighbours side by side, rows and images at aligned addresses."""
+    if not run_tiles.in_runs(problem, pass_, x.dtype, precision):
+        return False
+    problem, x = _in_rows(problem, x)
+    runs = problem.runs(x.itemsize)
+    if runs is None or x.data_ptr() % 16 or (x.stride(3) != 1 and x.shape[3] > 1):
+        return False
+    pitches = [stride for extent, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if extent > 1]
+    return all(pitch % runs.align == 0 for pitch in pitches)
+
+
+def _in_rows(problem: Conv2dProblem, x: torch.Tensor) -> tuple[Conv2dProblem, torch.Tensor]:
+    """Both with the pixels' channels as columns, where they lie so (NHWC); else as they are."""
+    if problem.C == 1 or x.stride(1) != 1 or (x.stride(3) != problem.C and x.shape[3] > 1):
+        return problem, x
+    flat = problem.interleaved
+    return flat, x.as_strided(flat.x_shape, (x.stride(0), x.stride(0), x.stride(2), 1))
+
+
+def plan_fprop(
+    problem: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor,
+    *, gpu: GPU, activation: str | None, precision: str,
+) -> list[Launch]:  # fmt: skip
+    """The launches that write y [N, K, P, Q], any strides: the filters as runs, then the convolution."""
+    problem, x = _in_rows(problem, x)
+    if w.shape != problem.w_shape:
+        w = w.permute(0, 2, 3, 1).reshape(problem.w_shape)
+    runs = _runs_of(problem, x)
+    tile = run_tiles.choose_runs(problem, "fprop", x.dtype, precision, gpu)
+    depth = -(-_columns(problem, runs) // tile.block_c) * tile.block_c
+    matrix = torch.empty((problem.K, depth), dtype=w.dtype, device=w.device)
+    arguments = _geometry(problem, runs, x) | {
+        "w": matrix, "y": y, "bias": bias, **strides("y", y, "nkpq"), "DEPTH": depth, "HAS_BIAS": bias is not None,
+        "ACTIVATION": activation, "PRECISION": precision, "ACC": accumulator(x.dtype), "OUT": TRITON_TYPE[y.dtype],
+        "INDEX": index_type(x), "PIXELS": tile.pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+    }  # fmt: skip
+    programs = triton.cdiv(problem.N * problem.P * problem.Q, tile.pixels) * triton.cdiv(problem.K, tile.block_k)
+    first = _plan_filters(problem, runs, w, matrix, gpu)
+    return [first, Launch(device.fprop_runs, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
+
+
+def plan_wgrad(
+    problem: Conv2dProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, *, gpu: GPU, precision: str
+) -> list[Launch]:
+    """The launches that write dw [K, C, R, S] (channels_last): partial sums, their sum, and its way out of the runs."""
+    problem, x = _in_rows(problem, x)
+    runs = _runs_of(problem, x)
+    tile = run_tiles.choose_runs(problem, "wgrad", x.dtype, precision, gpu)
+    columns = _columns(problem, runs)
+    slots = tile.splits * triton.cdiv(problem.Q, tile.pixels)
+    parts = torch.empty((slots, problem.K, columns), dtype=layout.sum_dtype(x.dtype), device=x.device)
+    sums = parts[0] if slots == 1 else torch.empty_like(parts[0])
+    arguments = _geometry(problem, runs, x) | {
+        "dy": dy, "dw": parts, **strides("y", dy, "nkpq"), "SPLITS": tile.splits, "PRECISION": precision,
+        "ACC": accumulator(x.dtype), "INDEX": index_type(x, dy), "PIXELS": tile.pixels, "BLOCK_K": tile.block_k,
+        "BLOCK_C": tile.block_c,
+    }  # fmt: skip
+    programs = slots * triton.cdiv(problem.K, tile.block_k) * triton.cdiv(columns, tile.block_c)
+    launches = [Launch(device.wgrad_runs, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
+    if slots > 1:
+        launches.append(plan_add_slices(parts, sums, gpu=gpu))
+    block = choose_elementwise(1, dw.numel(), dw.dtype, gpu)
+    back = {
+        "sums": sums, "dw": dw.permute(0, 2, 3, 1), "SIZE": dw.numel(), "C": problem.C, "R": problem.R,
+        "S": problem.S, "RUN": runs.length, "LEAD": runs.lead, "BLOCK": block.cols,
+    }  # fmt: skip
+    programs = triton.cdiv(dw.numel(), block.cols)
+    return [*launches, Launch(device.runs_to_filters, (programs,), back, block.num_warps, 1, str(block))]
+
+
+def _runs_of(problem: Conv2dProblem, x: torch.Tensor) -> Runs:
+    runs = problem.runs(x.itemsize)
+    assert runs is not None
+    return runs
+
+
+def _columns(problem: Conv2dProblem, runs: Runs) -> int:
+    return problem.C * problem.R * runs.length
+
+
+def _geometry(problem: Conv2dProblem, runs: Runs, x: torch.Tensor) -> dict[str, Any]:
+    """What both passes are told of the problem and its image; pitches in aligned loads, so that they divide."""
+    pitches = {f"stride_x{axis}": stride // runs.align for axis, stride in zip("nch", x.stride()[:3], strict=True)}
+    return pitches | {
+        "x": x, "N": problem.N, "H": problem.H, "W": problem.W // runs.align, "K": problem.K, "P": problem.P,
+        "Q": problem.Q, "pad_h": problem.padding[0][0], "C": problem.C, "R": problem.R, "RUN": runs.length,
+        "USED": runs.lead + problem.S, "FIRST": problem.padding[1][0] + runs.lead, "ALIGN": runs.align,
+        "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1], "DIL_H": problem.dilation[0],
+    }  # fmt: skip
+
+
+def _plan_filters(problem: Conv2dProblem, runs: Runs, w: torch.Tensor, matrix: torch.Tensor, gpu: GPU) -> Launch:
+    block = choose_elementwise(1, matrix.numel(), w.dtype, gpu)
+    arguments = {
+        "w": w, "out": matrix, "SIZE": matrix.numel(), **strides("w", w, "kcrs"), "C": problem.C, "R": problem.R,
+        "S": problem.S, "RUN": runs.length, "LEAD": runs.lead, "DEPTH": matrix.shape[1], "BLOCK": block.cols,
+    }  # fmt: skip
+    programs = triton.cdiv(matrix.numel(), block.cols)
+    return Launch(device.filters_to_runs, (programs,), arguments, block.num_warps, 1, str(block))

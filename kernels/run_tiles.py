@@ -1,0 +1,69 @@
+"""Tiles for first layers that are read in runs (device/runs.py): which passes they serve, and which tile one gets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from tileconv.kernels import cost
+from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.hardware import GPU
+from tileconv.kernels.tiles import ConvTile, forced, power_of_two
+
+# (pixels, filters, depth of a step, warps).  Compiled for sm_80 and sm_90 none spills, and on sm_90 no product waits
+# for another; 256 pixels x 64 filters in four warps only from sm_90 on.
+FPROP = (
+    (256, 64, 32, 4), (256, 64, 32, 8), (128, 64, 64, 4), (128, 64, 32, 4), (64, 64, 64, 4), (32, 64, 64, 4),
+    (256, 128, 32, 8), (128, 128, 64, 8), (128, 32, 64, 4),
+)  # fmt: skip
+# (pixels of one row, filters, (c, r, e), warps)
+WGRAD = (
+    (64, 64, 256, 8), (64, 64, 128, 4), (64, 64, 128, 8), (32, 64, 128, 4), (64, 128, 128, 8), (64, 32, 64, 4),
+)  # fmt: skip
+
+
+def in_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str) -> bool:
+    """Whether a pass is one of a first layer that can read its image in runs, if the image lies as they need it.
+
+    Tensor cores take 4-byte operands along the depth only, and in wgrad pixels are the depth.
+    """
+    few = problem.C <= 4 and max(problem.stride) > 1 and not forced()
+    on_tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and precision == "tf32" and pass_ == "fprop")
+    return few and pass_ != "dgrad" and on_tensor_cores and problem.dilation[1] == problem.groups == 1
+
+
+@lru_cache(maxsize=1024)
+def choose_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> ConvTile:
+    """The tile with the least predicted time: box[0] is output pixels, in wgrad of one row, block_c is (c, r, e)."""
+    runs = problem.runs(dtype.itemsize)
+    assert runs is not None
+    filters = max(power_of_two(problem.K), 16)
+    if gpu.interprets:  # few programs, large blocks
+        pixels = problem.Q if pass_ == "wgrad" else problem.N * problem.P * problem.Q
+        depth = power_of_two(problem.C * problem.R * runs.length)
+        box = (min(max(power_of_two(pixels), 16), 1024), 1, 1)
+        return ConvTile("runs", box, min(filters, 512), max(min(depth, 1024), runs.length, 16))
+    found = []
+    for pixels, block_k, block_c, warps in WGRAD if pass_ == "wgrad" else FPROP:
+        block_c = max(block_c, runs.length)
+        sums = block_k * (block_c if pass_ == "wgrad" else pixels)
+        if block_k > max(filters, 32) or (sums >= 4096 * warps and gpu.arch < 90):
+            continue
+        step = (block_k + (block_c if pass_ == "wgrad" else pixels)) * dtype.itemsize
+        step *= pixels if pass_ == "wgrad" else block_c
+        stages = min(3, (gpu.shared_block - 2048) // step)
+        if stages < 2:
+            continue
+        tile = ConvTile("runs", (pixels, 1, 1), block_k, block_c, warps, stages)
+        found += _split(problem, tile, runs.length, gpu) if pass_ == "wgrad" else [tile]
+    return min(found, key=lambda tile: cost.predict(problem, pass_, tile, dtype, precision, gpu).modelled_us)
+
+
+def _split(problem: Conv2dProblem, tile: ConvTile, run: int, gpu: GPU) -> list[ConvTile]:
+    """One, two and four programs an SM, eight rows of outputs each at the least."""
+    programs = -(-problem.K // tile.block_k) * -(-problem.C * problem.R * run // tile.block_c)
+    programs *= -(-problem.Q // tile.pixels)
+    most = max(1, problem.N * problem.P // 8)
+    return [replace(tile, splits=min(most, max(1, waves * gpu.sms // programs))) for waves in (1, 2, 4)]

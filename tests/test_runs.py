@@ -1,0 +1,151 @@
+"""First layers read in runs: which images lie right for it, forward and filter gradient against float64, and tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tileconv.kernels as tk
+from tileconv.bench import inspect
+from tileconv.bench.cases import Case, launches
+from tileconv.kernels import cost, hardware, run_tiles, tiles
+from tileconv.kernels.geometry import Conv2dProblem, Runs
+from tileconv.kernels.launch import runs
+
+# name: x, w, arguments of conv2d
+LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "11x11 s4": ((2, 3, 31, 32), (20, 3, 11, 11), {"stride": 4, "padding": 2}),
+    "7x7 s2": ((2, 3, 14, 18), (33, 3, 7, 7), {"stride": 2, "padding": 3}),
+    "rows strided by three and dilated": ((1, 1, 20, 24), (8, 1, 5, 5), {"stride": (3, 2), "dilation": (2, 1)}),
+    "stride wider than the filter": ((2, 4, 9, 16), (16, 4, 3, 3), {"stride": (1, 8), "padding": 1}),
+    "11x11 s4, channels last": ((2, 3, 19, 20), (18, 3, 11, 11), {"stride": 4, "padding": (1, 3)}),
+    "7x7 s2, channels last": ((1, 3, 14, 18), (16, 3, 7, 7), {"stride": 2, "padding": 3}),
+    "one column of filters": ((3, 2, 8, 10), (17, 2, 2, 1), {"stride": 2}),
+    "more output columns than a step of wgrad": ((1, 1, 3, 4200), (4, 1, 3, 3), {"stride": 2, "padding": 1}),
+}
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which passes were planned in runs."""
+    found: list[str] = []
+    for name in ("plan_fprop", "plan_wgrad"):
+        real = getattr(runs, name)
+
+        def spy(*a: Any, name: str = name, real: Any = real, **k: Any) -> Any:
+            found.append(name)
+            return real(*a, **k)
+
+        monkeypatch.setattr(runs, name, spy)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_forward_and_gradients(name, dtype, planned, assert_within_budget):
+    x_shape, w_shape, arguments = LAYERS[name]
+    x, w, b = torch.randn(x_shape), torch.randn(w_shape) / w_shape[2], torch.randn(w_shape[0])
+    layout = torch.channels_last if "7x7" in name else torch.contiguous_format
+    x, w, b = x.to(dtype), w.to(dtype).contiguous(memory_format=layout), b.to(dtype)
+    if "channels last" in name:
+        x = x.contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, w, b, **arguments)
+    dy = torch.randn_like(y)
+
+    def run(conv, kind):
+        leaves = [t.detach().clone().to(kind).requires_grad_() for t in (w, b)]
+        y = conv(x.to(kind), *leaves, **arguments)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(kind))]
+
+    for ours, theirs, exact in zip(
+        run(tk.conv2d, dtype), run(F.conv2d, dtype), run(F.conv2d, torch.float64), strict=True
+    ):
+        assert_within_budget(ours, theirs, exact)
+    assert planned == ["plan_fprop", "plan_wgrad"]
+
+
+def test_tf32_forward(planned):
+    x_shape, w_shape, arguments = LAYERS["11x11 s4"]
+    x, w = torch.randn(x_shape), torch.randn(w_shape) / 11
+    exact = F.conv2d(x.double(), w.double(), **arguments)
+    y = tk.conv2d(x, w, precision="tf32", **arguments)
+    assert planned == ["plan_fprop"]
+    assert (y - exact).abs().max() <= 2**-10 * F.conv2d(x.double().abs(), w.double().abs(), **arguments).max()
+    tk.conv2d(x, w, precision="ieee", **arguments)
+    assert planned == ["plan_fprop"], "fp32 at its own precision does not need tensor cores' operands"
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (torch.zeros(2, 3, 16, 30, dtype=torch.float16).to(memory_format=torch.channels_last), "rows are unaligned"),
+        (torch.zeros(2, 3, 16, 30, dtype=torch.float16), "a row is no multiple of four pixels"),
+        (torch.zeros(2, 3, 16, 33, dtype=torch.float16)[..., :32], "rows start at any pixel"),
+        (torch.zeros(2, 3, 16, 40, dtype=torch.float16)[..., 4:36], "the first pixel is not at a multiple of 16 bytes"),
+        (torch.zeros(2, 3, 16, 32), "fp32 without tensor cores"),
+        (torch.zeros(2, 5, 16, 32, dtype=torch.float16), "many channels"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_images_that_lie_otherwise_go_another_way(x, why, planned):
+    w = torch.randn(4, x.shape[1], 5, 5, dtype=x.dtype)
+    assert torch.equal(tk.conv2d(x, w, stride=4), torch.zeros(2, 4, 3, (x.shape[3] - 5) // 4 + 1, dtype=x.dtype)), why
+    assert planned == []
+
+
+def test_the_runs_of_a_problem():
+    problem = Conv2dProblem(128, 3, 224, 224, 64, 11, 11, (4, 4), ((2, 2), (2, 2)))
+    assert problem.runs(2) == Runs(length=16, lead=2, align=4), "from 4 q - 4, two pixels before the filter: 13 pixels"
+    assert problem.runs(4) == Runs(16, 2, 4)
+    resnet = Conv2dProblem(128, 3, 224, 224, 64, 7, 7, (2, 2), ((3, 3), (3, 3)))
+    assert resnet.runs(2) == Runs(8, 1, 2)
+    flat = resnet.interleaved
+    assert (flat.C, flat.W, flat.S, flat.P, flat.Q, flat.flops) == (1, 672, 21, 112, 112, resnet.flops)
+    assert flat.runs(2) == Runs(32, 1, 2)
+    assert Conv2dProblem(1, 3, 9, 9, 4, 3, 3, (1, 1)).runs(2) is None, "two bytes are no asynchronous load"
+    assert Conv2dProblem(1, 3, 9, 9, 4, 3, 3, (1, 1)).runs(4) == Runs(4, 0, 1)
+
+
+@pytest.mark.parametrize("arch", ["H100", "A100", "RTX 4090"])
+@pytest.mark.parametrize("batch", [1, 8, 32, 128])
+def test_small_batches_fill_half_of_the_sms(arch, batch):
+    gpu = hardware.GPUS[arch]
+    problem = Conv2dProblem(batch, 3, 224, 224, 64, 11, 11, (4, 4), ((2, 2), (2, 2)))
+    for pass_ in ("fprop", "wgrad"):
+        tile = run_tiles.choose_runs(problem, pass_, torch.float16, "ieee", gpu)
+        predicted = cost.predict(problem, pass_, tile, torch.float16, "ieee", gpu)
+        assert predicted.ctas >= gpu.sms / 2, tile
+        assert predicted.modelled_us >= predicted.floor_us
+
+
+def test_runs_are_modelled_faster_than_a_rewritten_image():
+    gpu = hardware.GPUS["H100"]
+    problem = Conv2dProblem(128, 3, 224, 224, 64, 11, 11, (4, 4), ((2, 2), (2, 2)))
+    for pass_ in ("fprop", "wgrad"):
+        tile = run_tiles.choose_runs(problem, pass_, torch.float16, "ieee", gpu)
+        blocks = problem.space_to_depth
+        rewritten = tiles.choose(blocks, pass_, torch.float16, "ieee", gpu)
+        times = [cost.predict(p, pass_, t, torch.float16, "ieee", gpu).modelled_us
+                 for p, t in ((problem, tile), (blocks, rewritten))]  # fmt: skip
+        assert times[0] < times[1], "and the rewriting is not even counted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_compiled(arch):
+    rows = inspect.inspect_all([Case("alexnet", "conv1", p, 128, "fp16") for p in ("fprop", "wgrad")], [arch])
+    main = [row for row in rows if row["kernel"].endswith("_runs") and row["role"] == "main"]
+    assert [row["kernel"] for row in main] == ["fprop_runs", "wgrad_runs"]
+    for row in main:
+        assert row["failure"] is None and row["stack_bytes"] == row["spills"] == 0 and row["fits"]
+        assert row["loop_loads"]["LDGSTS.64"] in (8, 16) and not row["serialised"] and not row["register_operand"]
+        assert "LDG.16" not in row["loop_loads"] and "LDGSTS.32" not in row["loop_loads"]
+
+
+def test_no_launch_rewrites_the_image():
+    names = [launch.kernel.__name__ for launch in launches(Case("alexnet", "conv1", "fprop", 128, "fp16"),
+             hardware.GPUS["H100"])]  # fmt: skip
+    assert names == ["filters_to_runs", "fprop_runs"]
