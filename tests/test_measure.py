@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from tileconv.bench import calls, clocks, environment, gates, job, measure, providers, records
+from tileconv.bench import calls, clocks, environment, gates, images, job, measure, providers, records, report
 from tileconv.bench.cases import Case, shape_of
 from tileconv.bench.cli import app
 from tileconv.bench.measure import Instruments, LostDevice, Measurement, applicable, key_of, time_case
@@ -728,11 +728,20 @@ def test_the_whole_command_on_a_gpu(gpu_job, tmp_path):
     assert str(tmp_path) not in (tmp_path / "data" / "some-gpu.json").read_text()
 
 
+def test_the_report_calls_noise_noise(tmp_path):
+    check = dataclasses.replace(A_CHECK, layer="network", note=images.NOISE)
+    base = records.load(ROOT / "reports" / "data" / "interpreter.json")
+    for row, said in ((check, "smooth noise (scikit-image"), (A_CHECK, "real photographs")):
+        report.render_report(dataclasses.replace(base, checks=(row,), inspections=()), tmp_path)
+        assert said in (tmp_path / "interpreter.md").read_text()
+
+
 def test_a_missing_library_is_said_once(gpu_job, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     result = gpu_job(tmp_path)
     assert result.exit_code == 0, result.output
     assert result.output.count("nvidia-ml-py is not installed") == 1
+    assert (tmp_path / "some-gpu.md").read_text().count("nvidia-ml-py was not installed") == 1
 
 
 def test_two_runs_into_one_file_are_refused_unless_asked_for(gpu_job, tmp_path):
