@@ -34,6 +34,7 @@ TITLES = {
     "measure": "Measuring",
     "peers": "Compiling peers",
     "selftest": "Testing every tile",
+    "warm": "Compiling on all cores",
     "gauge": "Clocks",
 }
 

@@ -23,6 +23,7 @@ from .published import published_gemms
 from .records import Check, Device, Inspection, Published, Record, Saved, Timing, from_data, load, save
 from .report import render_report
 from .timing import CudaTimer, Timer
+from .warm import first_calls
 from .workers import Progress
 
 CHECKED = ("fp32", "fp16", "bf16")
@@ -188,13 +189,16 @@ def _measured(
     def with_rows(rows: Sequence[Timing]) -> Record:
         return replace(record, timings=tuple(rows), seconds=_seconds(job))
 
+    instruments = Instruments(timer or CudaTimer(), gauge, "cpu" if hardware.interpreting() else "cuda")
+    deadline = job.clock + 60 * max(job.minutes - RESERVED_MINUTES, job.minutes / 2)
     run = Measurement(
-        todo, providers,
-        Instruments(timer or CudaTimer(), gauge, "cpu" if hardware.interpreting() else "cuda"),
-        kept=record.timings, deadline=job.clock + 60 * max(job.minutes - RESERVED_MINUTES, job.minutes / 2),
+        todo, providers, instruments, kept=record.timings, deadline=deadline,
         save=lambda rows: save(with_rows(rows), data), progress=progress("measure"),
     )  # fmt: skip
+    ours = [case for case, able in run.todo() if any(provider.name == "tileconv" for provider, _ in able)]
     try:
+        half = (deadline + time.monotonic()) / 2
+        instruments.warmed = first_calls(ours, jobs=job.jobs, deadline=half, progress=progress("warm"))
         run.go()
     except KeyboardInterrupt:
         if not run.rows:

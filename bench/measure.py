@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from .providers import Provider, cudnn, label_of, level_of
 from .records import Commit, Record, Timing, Versions, finite
 from .timing import Call as AnyCall
 from .timing import GraphError, Quantiles, Timer
-from .workers import Progress, describe_error
+from .workers import Answer, Progress, describe_error
 
 SHORT_US = 100.0  # below this a call is also timed as replayed from a CUDA graph, without the host's part
 BUFFERS = 3  # copies of the operands that cold calls go round
@@ -43,11 +43,16 @@ class LostDevice(RuntimeError):
 
 @dataclass
 class Instruments:
-    """What measures: tests put stand-ins in their places. One stream for all, because graphs need one of their own."""
+    """What measures: tests put stand-ins in their places. One stream for all, because graphs need one of their own.
+
+    `warmed` is what warm.first_calls found: our first call's time in a process where nothing was compiled yet, or that
+    the case must not be run here because it cost its process.
+    """
 
     timer: Timer
     gauge: Gauge | None = None
     device: str = "cuda"
+    warmed: Mapping[Case, Answer] = field(default_factory=dict)
     stream: Any = None
 
     def on_stream(self) -> Any:
@@ -167,6 +172,11 @@ def time_case(
     base: Tensors = {}
     references: dict[str, Reference] = {}
     for provider, blank in able:
+        warmed = instruments.warmed.get(case, {}) if provider.ours else {}
+        if "lost" in warmed:
+            note = f"not timed: the call did not come back from a process of its own: {warmed['lost']}"
+            yield [dataclasses.replace(blank, status="failed", note=note)]
+            continue
         try:
             with torch.no_grad():
                 base = base or operands(case, instruments.device)
@@ -177,6 +187,8 @@ def time_case(
                 torch.cuda.synchronize()
                 with provider.around(case), instruments.on_stream():
                     rows = list(_judged_and_timed(case, shape, provider, blank, base, references[level], instruments))
+                if provider.name == "tileconv" and "first_call_ms" in warmed:
+                    rows = [dataclasses.replace(row, first_call_ms=warmed["first_call_ms"]) for row in rows]
         except Unsupported as error:
             rows = [dataclasses.replace(blank, status="skipped", note=f"skipped: {error}")]
         except torch.cuda.OutOfMemoryError:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from tileconv.bench import calls, clocks, environment, gates, images, job, measure, providers, records, report
+from tileconv.bench import calls, clocks, environment, gates, images, job, measure, providers, records, report, warm
 from tileconv.bench.cases import Case, shape_of
 from tileconv.bench.cli import app
 from tileconv.bench.measure import Instruments, LostDevice, Measurement, applicable, key_of, time_case
@@ -665,6 +665,37 @@ def test_a_lost_gpu_ends_the_run_with_its_culprit_named(cuda):
     assert [r.provider for r in again.rows] == ["torch", "torch", "tileconv", "reached", "reached"]
 
 
+# First calls in processes of their own
+
+
+def test_a_first_call_and_its_errors(cuda, monkeypatch):
+    assert warm.first_call(POOL.to_json(), "cpu")["first_call_ms"] > 0
+    monkeypatch.setattr(warm, "work", lambda *a: (_ for _ in ()).throw(RuntimeError("broken")))
+    assert warm.first_call(POOL.to_json(), "cpu") == {"failed": "RuntimeError: broken"}
+
+    def lost(*_):
+        cuda.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(warm, "work", lost)
+    found = warm.first_call(POOL.to_json(), "cpu")
+    assert found["last"] and "illegal memory access" in found["lost"]
+
+
+def test_what_kills_its_worker_is_not_run_where_it_could_kill_more(cuda, monkeypatch):
+    answers = [{"error": "worker ended with status -11: "}, {"failed": "RuntimeError: x"}, {"late": ""},
+               {"lost": "illegal", "last": True}, {"first_call_ms": 9.0}]  # fmt: skip
+    monkeypatch.setattr(warm, "run_tasks", lambda module, tasks, **_: answers)
+    cases = [POOL, MEAN, FC, CONV, dataclasses.replace(FC, batch=3)]
+    found = warm.first_calls(cases, jobs=2, deadline=0.0, progress=lambda *a: None)
+    assert set(found) == {POOL, CONV, cases[-1]}
+    some = [spoilt(lambda y: y), PLAIN]
+    instruments = Instruments(StubTimer(), None, "cpu", found)
+    rows = [row for rows in time_case(POOL, applicable(POOL, some), instruments) for row in rows]
+    assert [(r.provider, r.status) for r in rows] == [("tileconv", "failed"), ("torch", "timed"), ("torch", "timed")]
+    assert "worker ended with status -11" in rows[0].note
+
+
 # The job, as a GPU machine runs it
 
 
@@ -695,6 +726,7 @@ def gpu_job(cuda, monkeypatch):
     monkeypatch.setattr(job, "checks", checks)
     monkeypatch.setattr(job, "inspect_all", lambda *a, **k: [])
     monkeypatch.setattr(job, "alexnet_saved", lambda: [])
+    monkeypatch.setattr(warm, "run_tasks", lambda module, tasks, **_: [{"first_call_ms": 1234.5} for _ in tasks])
     monkeypatch.setattr(job.Job, "measured", lambda self: [POOL, MEAN])
     monkeypatch.setattr(job, "CudaTimer", timer)
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml([4]))
@@ -722,6 +754,8 @@ def test_the_whole_command_on_a_gpu(gpu_job, tmp_path):
         ("avgpool", "torch", "channels_last", "timed"), ("avgpool", "torch", "contiguous", "timed"),
     }  # fmt: skip
     assert {t.throttled for t in record.timings} == {("power cap",)}
+    assert {t.first_call_ms for t in record.timings if t.provider == "tileconv"} == {1234.5}
+    assert all(t.first_call_ms < 1000 for t in record.timings if t.provider == "torch")
     assert "Measured: " in result.output
     page = (tmp_path / "some-gpu.md").read_text()
     assert "Some GPU" in page and "pool5" in page
