@@ -116,6 +116,8 @@ def run_check(task: Task, device: str = "cpu") -> dict[str, Any]:
     from tileconv.kernels import tiles
     from tileconv.model.alexnet import layers, reference_forward
 
+    from .providers import precision
+
     run: Any
     plain: Any
     batch, dtype, name = task["batch"], known("dtype", task["dtype"], DTYPES), task["layer"]
@@ -125,7 +127,7 @@ def run_check(task: Task, device: str = "cpu") -> dict[str, Any]:
     if x.dim() == 4:
         x = x.contiguous(memory_format=getattr(torch, _torch_format(task["memory_format"])))
     forced = task["formulation"] != CHOSEN
-    with torch.no_grad():
+    with torch.no_grad(), precision(dtype):  # on a GPU PyTorch would compute fp32 convolutions in TF32
         if name == NETWORK:
             op, run, plain = "forward", narrow, partial(reference_forward, narrow)
             reference = reference_forward(wide, x.double())

@@ -358,13 +358,18 @@ def env() -> None:
 
     try:
         device, versions, machine = environment.device(), environment.versions(), environment.machine()
-    except ImportError as error:
+        from tileconv.kernels import excluded
+
+        left_out = len(excluded.listed(device.name))
+    except (ImportError, ValueError) as error:
         _fail(error)
     console = Console()
     _say(console, f"device: {device.name} ({device.kind})")
     _say(console, f"machine: {machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB")
     for name, version in vars(versions).items():
         _say(console, f"{name}: {version or '-'}")
+    if device.kind == "cuda":
+        _say(console, f"excluded tiles: {left_out} ({excluded.path() or 'no file'})")
 
 
 app.command()(train)

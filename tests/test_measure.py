@@ -17,7 +17,20 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from tileconv.bench import calls, clocks, environment, gates, images, job, measure, providers, records, report, warm
+from tileconv.bench import (
+    calls,
+    check,
+    clocks,
+    environment,
+    gates,
+    images,
+    job,
+    measure,
+    providers,
+    records,
+    report,
+    warm,
+)
 from tileconv.bench.cases import Case, shape_of
 from tileconv.bench.cli import app
 from tileconv.bench.measure import Instruments, LostDevice, Measurement, applicable, key_of, time_case
@@ -726,6 +739,7 @@ def gpu_job(cuda, monkeypatch):
     monkeypatch.setattr(job, "checks", checks)
     monkeypatch.setattr(job, "inspect_all", lambda *a, **k: [])
     monkeypatch.setattr(job, "alexnet_saved", lambda: [])
+    monkeypatch.setattr(report, "render", lambda draw, size: (b"<svg/>", b"<svg/>", b"\x89PNG"))
     monkeypatch.setattr(warm, "run_tasks", lambda module, tasks, **_: [{"first_call_ms": 1234.5} for _ in tasks])
     monkeypatch.setattr(job.Job, "measured", lambda self: [POOL, MEAN])
     monkeypatch.setattr(job, "CudaTimer", timer)
@@ -944,6 +958,15 @@ def test_records_of_schema_2_still_load(gpu_job, tmp_path):
     assert record.schema == records.SCHEMA
     assert {(t.status, t.method, t.throttled) for t in record.timings} == {("timed", "events", ())}
     assert key_of(record.timings[0])[:2] == ("alexnet", "pool5")
+
+
+def test_checks_say_which_fp32_they_mean(monkeypatch):
+    """PyTorch's default for convolutions on a GPU is TF32, and fp32 rows are not about that."""
+    asked = []
+    real = providers.precision
+    monkeypatch.setattr(providers, "precision", lambda dtype: asked.append(dtype) or real(dtype))
+    task = {"batch": 2, "dtype": "fp32", "layer": "avgpool", "formulation": "chosen", "memory_format": "channels_last"}
+    assert check.run_check(task)["passed"] and asked == ["fp32"]
 
 
 BARE = """

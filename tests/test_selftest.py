@@ -290,3 +290,12 @@ def test_past_the_deadline_nothing_is_begun(tmp_path, monkeypatch):
 
 def test_workers_by_default_are_as_many_as_cores():
     assert 1 <= cli.default_jobs() <= 8
+
+
+def test_env_counts_what_is_excluded(file, monkeypatch):
+    from tileconv.bench import environment
+    from tileconv.bench.records import Device
+
+    file.write_text(json.dumps([an_entry(gpu="Some GPU"), an_entry()]))
+    monkeypatch.setattr(environment, "device", lambda: Device("Some GPU", "cuda", "some-gpu"))
+    assert f"excluded tiles: 1 ({file})" in CliRunner().invoke(app, ["env"]).output
