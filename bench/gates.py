@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .calls import OVER_BATCH, RANDOM, Call, Tensors, first_image, placed, work
 from .cases import Case
 from .check import budget, largest_difference
 from .networks import Shape
+from .passes import OVER_BATCH, RANDOM, Call, Tensors, first_image, placed, work
 from .records import finite
 
 Make = Callable[[Tensors], Call]

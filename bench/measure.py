@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from .calls import Call, Tensors, Unsupported, operands, placed
 from .cases import Case, flops_of, launches, shape_of
 from .clocks import Gauge, Watch
 from .gates import Reference, reference, verdict
 from .networks import Shape
+from .passes import Call, Tensors, Unsupported, operands, placed
 from .providers import Provider, cudnn, label_of, level_of
 from .records import Commit, Record, Timing, Versions, finite
 from .timing import Call as AnyCall

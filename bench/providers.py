@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from .calls import Call, Side, Tensors, forward, im2col, work
 from .cases import DTYPES, Case, conv_problem
 from .networks import Shape, known
+from .passes import Call, Side, Tensors, forward, im2col, work
 
 CONVOLUTIONS = ("conv2d", "conv1d", "conv_transpose2d", "conv2d_im2col")
 PRODUCTS = (*CONVOLUTIONS, "linear", "locally_connected2d")

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calls import operands_of, placed, work
 from .cases import DTYPES, Case, cases, conv_problem, shape_of
 from .check import budget, largest_difference
 from .networks import Shape, known
+from .passes import operands_of, placed, work
 from .providers import precision
 from .records import replace_text
 from .workers import Progress, Task, describe_error, run_tasks, serve

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .calls import first_image, operands, placed, work
 from .cases import Case, shape_of
+from .passes import first_image, operands, placed, work
 from .providers import SEARCHED
 from .workers import Answer, Progress, Task, describe_error, run_tasks, serve
 

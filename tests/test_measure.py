@@ -18,7 +18,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tileconv.bench import (
-    calls,
     check,
     clocks,
     environment,
@@ -128,7 +127,7 @@ def spoilt(change, name="tileconv", alone=True):
     """PyTorch's forward pass with a fault in its result."""
 
     def make(case, shape, t):
-        return lambda: change(calls.work("torch", case, shape, t)())
+        return lambda: change(passes.work("torch", case, shape, t)())
 
     return Provider(name, "channels_last", make, providers.SEARCHED, lambda case, shape: True, alone=alone)
 
@@ -274,7 +273,7 @@ def test_every_provider_runs_under_its_settings_and_leaves_none(cuda, name, dtyp
     seen, before = [], flags()
     provider = providers.chosen([name])[0]
     spy = dataclasses.replace(
-        provider, make=lambda case, shape, t: lambda: seen.append(flags()) or calls.work("torch", case, shape, t)()
+        provider, make=lambda case, shape, t: lambda: seen.append(flags()) or passes.work("torch", case, shape, t)()
     )
     rows_of(dataclasses.replace(CONV, dtype=dtype), [spy])
     assert set(seen) == {expected}
@@ -298,10 +297,10 @@ def test_im2col_is_a_convolution_with_groups_bias_and_relu():
         module = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)
     shape = Shape("c", "conv2d", module, (2, 6, 9, 7), "relu")
     case = Case("x", "c", "fprop", 2, "fp64")
-    t = calls.operands_of(shape, case, "cpu")
-    torch.testing.assert_close(calls.im2col(case, shape, t)(), calls.work("torch", case, shape, t)())
-    with pytest.raises(calls.Unsupported, match="wgrad of conv2d"):
-        calls.im2col(dataclasses.replace(case, pass_="wgrad"), shape, t)
+    t = passes.operands_of(shape, case, "cpu")
+    torch.testing.assert_close(passes.im2col(case, shape, t)(), passes.work("torch", case, shape, t)())
+    with pytest.raises(passes.Unsupported, match="wgrad of conv2d"):
+        passes.im2col(dataclasses.replace(case, pass_="wgrad"), shape, t)
 
 
 def test_flaggems_would_be_asked_for_its_kernels(cuda, monkeypatch):
@@ -329,11 +328,11 @@ def test_compiled_calls_are_compiled_anew_for_every_case(cuda, monkeypatch):
 
 
 def test_operands_are_random_and_weights_scaled():
-    t = calls.operands(CONV, "cpu")
+    t = passes.operands(CONV, "cpu")
     for value in t.values():
         assert value.count_nonzero() == value.numel()
     assert float(t["w"][0].square().sum()) == pytest.approx(1.0, rel=0.2)
-    again = calls.operands(CONV, "cpu")
+    again = passes.operands(CONV, "cpu")
     assert all(torch.equal(value, again[name]) for name, value in t.items())
 
 
@@ -342,27 +341,27 @@ def test_operands_are_random_and_weights_scaled():
 def test_passes_alone_agree_with_autograd(layer, pass_):
     case = Case("alexnet", layer, pass_, 2, "fp64")
     shape = shape_of(case)
-    t = calls.operands(case, "cpu")
+    t = passes.operands(case, "cpu")
     wanted = {"dgrad": "x", "wgrad": "w", "backward": "b"}[pass_]
     leaf = t[wanted].clone().requires_grad_()
-    y = calls.forward("torch", shape, t | {wanted: leaf}, activation=False)
+    y = passes.forward("torch", shape, t | {wanted: leaf}, activation=False)
     if pass_ == "backward":
         y = y * (t["y"] > 0) if shape.activation else y
     (expected,) = torch.autograd.grad(y, leaf, t["dy"])
-    torch.testing.assert_close(calls.work("torch", case, shape, t)(), expected)
+    torch.testing.assert_close(passes.work("torch", case, shape, t)(), expected)
 
 
 def test_unpooling_indices_are_distinct():
     with torch.device("meta"):
         shape = Shape("u", "max_unpool2d", nn.MaxUnpool2d(3, 2), (2, 3, 4, 5), None)
-    t = calls.operands_of(shape, Case("x", "u", "forward", 2, "fp32"), "cpu")
+    t = passes.operands_of(shape, Case("x", "u", "forward", 2, "fp32"), "cpu")
     planes = t["indices"].flatten(2).flatten(0, 1)
     assert all(len(set(plane.tolist())) == 20 for plane in planes)
 
 
 def test_unknown_operations_are_refused_by_name(cuda):
-    with pytest.raises(calls.Unsupported, match="shuffle has no entry"):
-        calls.known_op(Shape("s", "shuffle", nn.Identity(), (1,), None))
+    with pytest.raises(passes.Unsupported, match="shuffle has no entry"):
+        passes.known_op(Shape("s", "shuffle", nn.Identity(), (1,), None))
 
 
 @pytest.mark.slow
@@ -370,11 +369,11 @@ def test_unknown_operations_are_refused_by_name(cuda):
 def test_whole_networks_on_both_sides(pass_):
     shape = Shape("lenet", "network", nn.Identity(), (2, 1, 28, 28), None)
     case = Case("networks", "lenet", pass_, 2, "fp32")
-    t = calls.operands_of(shape, case, "cpu")
+    t = passes.operands_of(shape, case, "cpu")
     wide = {"x": t["x"].double(), "target": t["target"]}
-    exact = calls.work("torch", case, shape, wide)()
-    run = calls.work("ours", case, shape, t)
-    ours, theirs = run(), calls.work("torch", case, shape, t)()
+    exact = passes.work("torch", case, shape, wide)()
+    run = passes.work("ours", case, shape, t)
+    ours, theirs = run(), passes.work("torch", case, shape, t)()
     allowed = 2 * ((theirs - exact).abs().max() + 2**-23 * exact.abs().max())
     assert (ours - exact).abs().max() <= allowed
     assert torch.equal(run(), ours), "a learning rate of 0 makes every step the first"
@@ -465,13 +464,13 @@ def unsteady():
 def test_results_that_change_from_call_to_call(cuda):
     case = dataclasses.replace(POOL, dtype="fp64")
     level = 1e-6
-    loose = gates.Reference(calls.work("torch", case, shape_of(case), calls.operands(case, "cpu"))(), level)
-    t = calls.operands(case, "cpu")
+    loose = gates.Reference(passes.work("torch", case, shape_of(case), passes.operands(case, "cpu"))(), level)
+    t = passes.operands(case, "cpu")
     for ours, status in ((True, "a second call gives other bits"), (False, "")):
         change = unsteady()
 
         def make(tensors, change=change):
-            run = calls.work("torch", case, shape_of(case), tensors)
+            run = passes.work("torch", case, shape_of(case), tensors)
             return lambda: change(run())
 
         found = gates.verdict(make, make(t)(), t, case, shape_of(case), loose, ours)
@@ -481,11 +480,11 @@ def test_results_that_change_from_call_to_call(cuda):
 def test_images_that_see_their_neighbours_are_found(cuda):
     """The second image decides about the first: right in the batch that the reference saw, wrong alone."""
     case = dataclasses.replace(POOL, dtype="fp64")
-    t = calls.operands(case, "cpu")
+    t = passes.operands(case, "cpu")
     shape = shape_of(case)
 
     def make(tensors):
-        y = calls.work("torch", case, shape, tensors)()
+        y = passes.work("torch", case, shape, tensors)()
         return lambda: y if len(y) > 1 else y + 1
 
     exact = gates.Reference(make(t)(), 1e-6)
@@ -497,11 +496,11 @@ def test_images_that_see_their_neighbours_are_found(cuda):
 def test_dropout_is_judged_by_its_own_mask():
     shape = Shape("d", "dropout", nn.Dropout(0.25), (64, 64), None)
     case = Case("x", "d", "forward", 64, "fp32")
-    t = calls.operands_of(shape, case, "cpu")
+    t = passes.operands_of(shape, case, "cpu")
     ref = gates.reference(case, shape, t, "fp32")
 
     def make(change):
-        return lambda tensors: lambda: change(calls.work("torch", case, shape, tensors)())
+        return lambda tensors: lambda: change(passes.work("torch", case, shape, tensors)())
 
     good = make(lambda y: y)
     assert gates.verdict(good, good(t)(), t, case, shape, ref, ours=True).reason == ""
@@ -513,7 +512,7 @@ def test_out_of_memory_and_errors_leave_the_others(cuda):
     some = [
         raising(torch.cuda.OutOfMemoryError("full"), "tileconv"),
         raising(RuntimeError("at /a/b/c.cu: broken"), "other"),
-        raising(calls.Unsupported("no such pass"), "third"), PLAIN,
+        raising(passes.Unsupported("no such pass"), "third"), PLAIN,
     ]  # fmt: skip
     rows = rows_of(POOL, some)
     assert [(r.provider, r.status) for r in rows[:3]] == [
@@ -930,7 +929,7 @@ def test_bad_arguments_are_said_before_anything_runs(tmp_path, monkeypatch, argu
 
 
 def test_a_wrong_result_of_ours_ends_with_an_error(gpu_job, tmp_path, monkeypatch):
-    real = calls.work
+    real = passes.work
 
     def wrong(side, case, shape, t):
         run = real(side, case, shape, t)
@@ -978,7 +977,7 @@ def unknown(name):
     raise importlib.metadata.PackageNotFoundError(name)
 importlib.metadata.version = unknown
 import tileconv.kernels
-from tileconv.bench import calls, check, cli, clocks, environment, job, measure, memory, providers, selftest
+from tileconv.bench import check, cli, clocks, environment, job, measure, memory, passes, providers, selftest
 assert environment.versions().tileconv[0].isdigit()
 assert clocks.open_gauge()[0] is None
 task = {"batch": 2, "dtype": "fp32", "layer": "pool5", "formulation": "chosen", "memory_format": "channels_last"}
