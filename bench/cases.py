@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .networks import SUITES, Shape, known, network_layers
+from .networks import Shape, known, network_layers
+from .problems import PRODUCTS, bytes_least, conv_problem, has_bias, output_shape, pool_problem
+from .suites import SUITES, suite_of
+
+__all__ = [
+    "DTYPES", "EPS", "FORWARD", "PASSES", "PASSES_OF", "SUITES", "Case", "by_weight", "cases", "conv_problem",
+    "find_case", "flops_of", "launches", "parts", "passes_of", "pool_problem", "shape_of", "weight_of",
+]  # fmt: skip
 
 DTYPES = {
     "fp16": torch.float16,
@@ -25,16 +32,20 @@ EPS = {
     "fp32": 2.0**-23,
     "fp64": 2.0**-52,
 }
-PASSES = ("fprop", "dgrad", "wgrad", "forward", "backward")
+STEP = "step"  # a whole network's training step: forward, backward and update
+PASSES = ("fprop", "dgrad", "wgrad", "forward", "backward", STEP)
 FORWARD = ("fprop", "forward")
-# "backward" of what multiplies is what precedes dgrad and wgrad: ReLU's mask and the bias gradient, in one kernel.
-PASSES_OF = {
-    "conv2d": ("fprop", "dgrad", "wgrad", "backward"),
-    "linear": ("fprop", "dgrad", "wgrad", "backward"),
-    "max_pool2d": ("forward", "backward"),
-    "adaptive_avg_pool2d": ("forward", "backward"),
-    "local_response_norm": ("forward", "backward"),
-}
+# "backward" of what multiplies is what precedes dgrad and wgrad: the gradients of dropout, ReLU and bias.
+PRODUCT_PASSES = ("fprop", "dgrad", "wgrad", "backward")
+STREAMED = (
+    "max_pool2d", "avg_pool2d", "lp_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_unpool2d",
+    "local_response_norm", "relu", "dropout", "softmax", "log_softmax", "cross_entropy", "unfold", "fold",
+)  # fmt: skip
+PASSES_OF = (
+    dict.fromkeys(PRODUCTS, PRODUCT_PASSES)
+    | dict.fromkeys(STREAMED, ("forward", "backward"))
+    | {"network": ("forward", STEP)}
+)
 
 
 @dataclass(frozen=True)
@@ -65,151 +76,116 @@ class Case:
         return "tf32" if self.dtype == "tf32" else "ieee"
 
 
+def passes_of(shape: Shape) -> tuple[str, ...]:
+    """The passes that a layer has: an image wants no gradient, and not every layer has something before dgrad."""
+    missing = {"dgrad"} if shape.reads_image else set()
+    if shape.op in PRODUCTS and not (has_bias(shape) or shape.activation or shape.dropout):
+        missing.add("backward")
+    return tuple(name for name in PASSES_OF[shape.op] if name not in missing)
+
+
 def cases(
     suite: str,
-    batch: int,
+    batch: int | None = None,
     dtypes: Sequence[str] = ("fp16",),
     passes: Sequence[str] = PASSES,
     layers: Sequence[str] = (),
 ) -> list[Case]:
-    """Every layer of a suite (or those named) in every dtype and pass asked for.
+    """Every layer of a suite (or those named) in every dtype and pass asked for that it has.
 
-    The first layer has no dgrad: nobody asks for an image's gradient.  Operations without kernels are left out.  Raises
-    ValueError, with the nearest names, for an unknown suite, dtype, pass or layer, and for a batch below 1.
+    suite: as network_layers. batch: None is each layer's own. Raises ValueError, with the nearest names, for an unknown
+    suite, dtype, pass or layer, for a batch below 1, and for one where the suite has its own.
     """
-    known("suite", suite, SUITES)
+    chosen = suite_of(suite)
     for dtype in dtypes:
         known("dtype", dtype, DTYPES)
     for name in passes:
         known("pass", name, PASSES)
-    if batch < 1:
-        raise ValueError(f"batch={batch} must be at least 1")
-    shapes = [shape for shape in network_layers(suite, batch) if shape.op in PASSES_OF]
+    shapes = chosen.shapes(batch)
     for layer in layers:
         known("layer", layer, [shape.name for shape in shapes])
     return [
-        Case(suite, shape.name, pass_, batch, dtype)
+        Case(suite, shape.name, pass_, shape.input[0], dtype)
         for dtype in dtypes
         for pass_ in dict.fromkeys(passes)
         for shape in shapes
-        if pass_ in PASSES_OF[shape.op]
-        and not (shape.reads_image and pass_ == "dgrad")
-        and (not layers or shape.name in layers)
+        if pass_ in passes_of(shape) and (not layers or shape.name in layers)
     ]
 
 
+def find_case(text: str) -> Case:
+    """The case that `str(case)` names. Raises ValueError, with the nearest names, for one that there is not."""
+    parts = text.rsplit("/", 4)
+    batch = parts[-1].removeprefix("n")
+    if len(parts) != 5 or not batch.isdecimal():
+        raise ValueError(f"case={text!r} must be suite/layer/pass/dtype/nBATCH, such as alexnet/conv2/fprop/fp16/n128")
+    network, layer, pass_, dtype = parts[:4]
+    case = Case(network, layer, known("pass", pass_, PASSES), int(batch), known("dtype", dtype, DTYPES))
+    known(f"pass of {layer}", pass_, passes_of(shape_of(case)))
+    return case
+
+
 def shape_of(case: Case) -> Shape:
-    """The layer that a case is about."""
-    shapes = {shape.name: shape for shape in network_layers(case.network, case.batch)}
-    return shapes[known("layer", case.layer, shapes)]
+    """The layer that a case is about. Raises ValueError for an unknown one, and a batch that it does not have."""
+    fixed = suite_of(case.network).fixed
+    shapes = {shape.name: shape for shape in network_layers(case.network, None if fixed else case.batch)}
+    shape = shapes[known("layer", case.layer, shapes)]
+    if shape.input[0] != case.batch:
+        raise ValueError(f"batch={case.batch}: {case.layer} of {case.network} has {shape.input[0]}")
+    return shape
+
+
+def parts(case: Case) -> list[Case]:
+    """A whole network's pass as those of its layers, one by one: all of them for a training step."""
+    return cases(case.layer, case.batch, [case.dtype], FORWARD if case.pass_ == "forward" else PASSES)
 
 
 def flops_of(case: Case) -> int | None:
     """Multiplications and additions of a case; None for what does not multiply."""
     shape = shape_of(case)
-    if shape.op not in ("conv2d", "linear") or case.pass_ not in ("fprop", "dgrad", "wgrad"):
+    if shape.op == "network":
+        return sum(flops_of(part) or 0 for part in parts(case))
+    if shape.op not in PRODUCTS or case.pass_ not in ("fprop", "dgrad", "wgrad"):
         return None
     flops: int = conv_problem(shape).flops
     return flops
 
 
-def conv_problem(shape: Shape) -> Any:
-    """The Conv2dProblem of a convolution, or of a linear layer as a 1x1 convolution on a 1x1 image."""
-    from tileconv.kernels.geometry import Conv2dProblem
+def weight_of(case: Case) -> float:
+    """Microseconds that the case takes an H100 at least, by its data sheet: operations, or operands moved once."""
+    from tileconv.kernels.hardware import GPUS
 
-    m = shape.module
-    if isinstance(m, torch.nn.Linear):
-        return Conv2dProblem(N=shape.input[0], C=m.in_features, H=1, W=1, K=m.out_features, R=1, S=1)
-    assert isinstance(m, torch.nn.Conv2d) and not isinstance(m.padding, str)
-    n, c, h, w = shape.input
-    (pad_h, pad_w), (r, s) = m.padding, m.kernel_size
-    return Conv2dProblem(
-        N=n, C=c, H=h, W=w, K=m.out_channels, R=r, S=s,
-        stride=(m.stride[0], m.stride[1]), padding=((pad_h, pad_h), (pad_w, pad_w)),
-        dilation=(m.dilation[0], m.dilation[1]), groups=m.groups,
-    )  # fmt: skip
+    shape, dtype, gpu = shape_of(case), DTYPES[case.dtype], GPUS["H100"]
+    if shape.op == "network":
+        return sum(weight_of(part) for part in parts(case))
+    moved = 0
+    if case.pass_ in ("fprop", "dgrad", "wgrad"):
+        moved = bytes_least(shape, dtype.itemsize)
+    else:
+        for extents in (shape.input, output_shape(shape)):
+            moved += torch.Size(extents).numel() * dtype.itemsize
+    return 1e6 * max(moved / gpu.dram, (flops_of(case) or 0) / gpu.peak(dtype, case.precision))
 
 
-def pool_problem(shape: Shape) -> Any:
-    """The Pool2dProblem of a max-pool, or the AdaptivePool2dProblem of an adaptive average."""
-    from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
-
-    m: Any = shape.module
-    n, c, h, w = shape.input
-    if shape.op == "max_pool2d":
-        return Pool2dProblem(n, c, h, w, _pair(m.kernel_size), _pair(m.stride), _pair(m.padding), _pair(m.dilation))
-    return AdaptivePool2dProblem(n, c, h, w, *_pair(m.output_size))
+def by_weight(cases: Iterable[Case]) -> list[Case]:
+    """The most telling cases first, for a run that may have to stop: the layers that their suite lists as telling, in
+    its order and each with all its passes, then the others by falling `weight_of`. What is equal keeps its order."""
+    ranked = []
+    for case in cases:
+        telling = suite_of(case.network).telling
+        place = telling.index(case.layer) if case.layer in telling else len(telling)
+        ranked.append(((place, 0.0 if place < len(telling) else -weight_of(case)), case))
+    return [case for _, case in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def launches(case: Case, gpu: Any) -> list[Any]:
     """The launches that a call of this case makes on `gpu` (tileconv.kernels.hardware.GPU), on meta tensors.
 
-    Activations and weights are channels_last, the native layout; the images that a network reads are contiguous, as
-    data loaders give them.  Forward pools write switches, as in training.
+    A whole network's are those of its layers, one by one; what joins layers in the network itself is not joined here.
     """
+    from .plans import Setting, plan
+
     shape = shape_of(case)
-    dtype = DTYPES[known("dtype", case.dtype, DTYPES)]
-    if shape.op in ("conv2d", "linear"):
-        return _conv_launches(shape, case, dtype, gpu)
-    if shape.op == "local_response_norm":
-        return [_norm_launch(shape, case, dtype, gpu)]
-    return _pool_launches(shape, case, dtype, gpu)
-
-
-def _image(dtype: torch.dtype, *extents: int) -> torch.Tensor:
-    return torch.empty(extents, dtype=dtype, device="meta", memory_format=torch.channels_last)
-
-
-def _conv_launches(shape: Shape, case: Case, dtype: torch.dtype, gpu: Any) -> list[Any]:
-    from tileconv.kernels.launch import conv, pointwise
-
-    problem = conv_problem(shape)
-    x, w, y = (_image(dtype, *extents) for extents in (problem.x_shape, problem.w_shape, problem.y_shape))
-    if shape.reads_image:
-        x = x.contiguous()
-    bias = torch.empty(problem.K, dtype=dtype, device="meta")
-    planned: list[Any]
-    if case.pass_ == "fprop":
-        planned = conv.plan_fprop(
-            problem, x, w, bias, y, gpu=gpu, activation=shape.activation, precision=case.precision
-        )
-    elif case.pass_ == "dgrad":
-        planned = conv.plan_dgrad(problem, y, w, x, gpu=gpu, precision=case.precision)
-    elif case.pass_ == "wgrad":
-        planned = conv.plan_wgrad(problem, y, x, w, gpu=gpu, precision=case.precision)
-    else:
-        masks = shape.activation is not None
-        output, masked = (y, torch.empty_like(y)) if masks else (None, None)
-        planned = pointwise.plan_bias_backward(y, output, masked, bias, gpu=gpu)
-    return planned
-
-
-def _norm_launch(shape: Shape, case: Case, dtype: torch.dtype, gpu: Any) -> Any:
-    from tileconv.kernels.launch import norm
-
-    m: Any = shape.module
-    x = _image(dtype, *shape.input)
-    dy = None if case.pass_ == "forward" else torch.empty_like(x)
-    # The kernel takes alpha per channel of the window, torch's module divides it by their number.
-    return norm.plan_local_response_norm(x, dy, torch.empty_like(x), m.size, m.alpha / m.size, m.beta, m.k, gpu=gpu)
-
-
-def _pool_launches(shape: Shape, case: Case, dtype: torch.dtype, gpu: Any) -> list[Any]:
-    from tileconv.kernels.launch import pool
-
-    problem = pool_problem(shape)
-    n, c, *_ = shape.input
-    x, y = _image(dtype, *shape.input), _image(dtype, n, c, problem.P, problem.Q)
-    forward = case.pass_ == "forward"
-    if shape.op == "max_pool2d":
-        switch = torch.empty_like(y, dtype=pool.switch_dtype(problem))
-        if forward:
-            return [pool.plan_max_forward(problem, x, y, switch, gpu=gpu)]
-        return [pool.plan_max_backward(problem, y, switch, None, x, gpu=gpu)]
-    if forward:
-        return [pool.plan_adaptive_avg_forward(problem, x, y, gpu=gpu)]
-    return [pool.plan_adaptive_avg_backward(problem, y, x, gpu=gpu)]
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    if shape.op == "network":
+        return [launch for part in parts(case) for launch in launches(part, gpu)]
+    return plan(shape, case.pass_, Setting(DTYPES[known("dtype", case.dtype, DTYPES)], case.precision, gpu))

@@ -195,14 +195,20 @@ def selftest(
 
 @app.command()
 def inspect(
-    suite: Annotated[str, typer.Option(help="Which network's layers.")] = "alexnet",
+    suite: Annotated[
+        str, typer.Option(help="Which layers: a suite's name (tileconv suites lists them), or a YAML or CSV file.")
+    ] = "alexnet",
+    from_model: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:CALLABLE", help="Instead: the layers that the model it returns calls."),
+    ] = None,
     arch: Annotated[list[str] | None, typer.Option(help="sm_80 ... sm_120 or gfx942; may be given again.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, tf32, fp32 or fp64; may be given again.")] = None,
     pass_: Annotated[
         list[str] | None,
         typer.Option("--pass", help="fprop, dgrad, wgrad, forward or backward; may be given again. Default: all."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Batch size of the launches.")] = 128,
+    batch: Annotated[int | None, typer.Option(help="Batch size of the launches. Default: the suite's own.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="A layer's name; may be given again. Default: all.")] = None,
     jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 2,
     json_file: Annotated[
@@ -225,10 +231,12 @@ def inspect(
     from .networks import known
     from .peers import inspect_peers
     from .records import save
+    from .suites import suite_of
 
     console = Console()
     started = datetime.now(UTC)
     try:
+        suite = from_model or suite
         archs = [known("arch", a, ARCHS) for a in arch or ["sm_90"]]
         todo = cases(suite, batch, dtype or ["fp16"], pass_ or PASSES, layer or ())
         if not todo:
@@ -240,17 +248,21 @@ def inspect(
             others = []
             if peers:
                 others = inspect_peers(todo, archs, jobs=jobs, cached=not no_cache, progress=progress("peers"))
-        chosen = {"arch": archs, "dtype": dtype or [], "pass": pass_ or [], "layer": layer or []}
+        batches = [] if batch is None else [str(batch)]
+        chosen = {"batch": batches, "arch": archs, "dtype": dtype or [], "pass": pass_ or [], "layer": layer or []}
         options = [f"--{name} {value}" for name, values in chosen.items() for value in values]
         options += ["--peers"] if peers else []
-        command = " ".join(["tileconv inspect", f"--suite {suite} --batch {batch}", *options])
+        which = f"--from-model {suite}" if from_model else f"--suite {suite}"
+        command = " ".join(["tileconv inspect", which, *options])
         seconds = (datetime.now(UTC) - started).total_seconds()
-        record = inspection_record(rows, suite, command, started, seconds, others)
+        record = inspection_record(rows, suite_of(suite).name, command, started, seconds, others)
         if json_file is not None:
             save(record, json_file)
     except (ValueError, ImportError, OSError) as error:
         _fail(error)
     _print_inspections(console, record)
+    for name in suite_of(suite).left_out:
+        _say(console, f"Left out, because there is no kernel for it: {name}")
     if any(item.failure for item in record.inspections):
         raise typer.Exit(1)
 
@@ -273,6 +285,20 @@ def _print_inspections(console: Console, record: Record) -> None:
         _say(console, "Peers: FlagGems is not a dependency and not compared here.")
     _say(console, f"Inspected: {inspected_line(rows)}")
     _say(console, f"Modelled: {modelled_line(rows)}")
+
+
+@app.command("suites")
+def list_suites() -> None:
+    """List the built-in suites: how many layers, at which batch sizes, and where they come from."""
+    from .suites import SUITES
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("suite", "layers", "batch", "what", "source"):
+        table.add_column(name, overflow="fold")
+    for suite in SUITES.values():
+        table.add_row(suite.name, str(len(suite.shapes())), suite.batch, suite.description, suite.source)
+    console = Console()
+    (console if console.is_terminal else Console(width=500)).print(table, highlight=False, markup=False)
 
 
 @app.command()

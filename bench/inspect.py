@@ -187,7 +187,7 @@ def inspect_case(case: Case, arch: str) -> list[dict[str, Any]]:
     multiplies = any(launch.kernel.__name__ in PRODUCTS for launch in planned)
     rows = []
     for step, (launch, prediction) in enumerate(zip(planned, modelled, strict=True)):
-        main = launch.kernel.__name__ in PRODUCTS if multiplies else step == 0
+        main = launch.kernel.__name__ in PRODUCTS if multiplies else launch.kernel is planned[0].kernel
         place = {"step": step, "steps": len(planned), "role": "main" if main else "helper"}
         try:
             facts = inspect_launch(launch, arch)

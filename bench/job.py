@@ -17,7 +17,6 @@ from .clocks import open_gauge
 from .inspect import inspect_all
 from .measure import Instruments, Measurement, kept_rows
 from .memory import alexnet_saved
-from .networks import SUITES
 from .providers import Provider, chosen
 from .published import published_gemms
 from .records import Check, Device, Inspection, Published, Record, Saved, Timing, from_data, load, save
@@ -90,8 +89,8 @@ class Job:
         return " ".join(["tileconv bench", *self.options(), *timed])
 
     def measured(self) -> list[Case]:
-        """The cases to time. Raises ValueError for an unknown suite or dtype."""
-        return [case for suite in self.suites for case in cases(suite, BATCH_ON_GPU, self.dtypes)]
+        """The cases to time, each suite at its own batch. Raises ValueError for an unknown suite or dtype."""
+        return [case for suite in self.suites for case in cases(suite, None, self.dtypes)]
 
 
 class Interrupted(Exception):
@@ -214,7 +213,6 @@ def _finish(
     rows = [
         row
         for step in job.inspected
-        if step.suite in SUITES
         for row in inspect_all(
             cases(step.suite, step.batch, INSPECTED_DTYPES, step.passes), [step.arch], jobs=job.jobs,
             progress=progress(f"Compiling and reading {step.suite} at batch {step.batch} for {step.arch}"),

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from .cases import Case, flops_of, launches, shape_of
+from .cases import Case, by_weight, flops_of, launches, shape_of
 from .clocks import Gauge, Watch
 from .gates import Reference, reference, verdict
 from .networks import Shape
 from .passes import Call, Tensors, Unsupported, operands, placed
 from .providers import Provider, cudnn, label_of, level_of
 from .records import Commit, Record, Timing, Versions, finite
+from .suites import suite_of
 from .timing import Call as AnyCall
 from .timing import GraphError, Quantiles, Timer
 from .workers import Answer, Progress, describe_error
@@ -72,7 +73,7 @@ def _blank(case: Case, shape: Shape, provider: Provider) -> Timing:
         network=case.network, layer=case.layer, pass_=case.pass_, batch=case.batch, dtype=case.dtype,
         provider=provider.name, memory_format=provider.memory_format if images else "contiguous", l2="cold",
         p20_us=None, p50_us=None, p80_us=None, n=0, tflops=None, error=None, allowed=None, passed=False,
-        precision=label_of(level_of(provider, case)),
+        precision=label_of(level_of(provider, case)), note="without the layer's dropout" if shape.dropout else "",
     )  # fmt: skip
 
 
@@ -88,9 +89,9 @@ def applicable(case: Case, providers: Sequence[Provider]) -> list[tuple[Provider
 
 
 def in_order(cases: Sequence[Case]) -> list[Case]:
-    """The most telling first, for runs that may have to stop: dtypes as they come, in each the most operations."""
-    dtypes = list(dict.fromkeys(case.dtype for case in cases))
-    return sorted(cases, key=lambda case: (dtypes.index(case.dtype), -(flops_of(case) or 0)))
+    """The most telling first, for runs that may have to stop: dtypes as they come, in each what its suite says."""
+    dtypes = dict.fromkeys(case.dtype for case in cases)
+    return [case for dtype in dtypes for case in by_weight(c for c in cases if c.dtype == dtype)]
 
 
 @dataclass
@@ -242,7 +243,8 @@ def _judged_and_timed(
         blank = dataclasses.replace(blank, saved_bytes=_saved(make, t))
     moved = sum(value.nbytes for name, value in t.items() if name in READS.get(case.pass_, ())) + first.nbytes
     counts = flops_of(case), moved if shape.op != "network" else None
-    yield from _timed([call, *_more_buffers(make, t)], blank, counts, instruments)
+    graphs = suite_of(case.network).graph
+    yield from _timed([call, *_more_buffers(make, t)], blank, counts, instruments, graphs)
 
 
 def _more_buffers(make: Callable[[Tensors], Call], t: Tensors) -> list[Call]:
@@ -254,9 +256,10 @@ def _more_buffers(make: Callable[[Tensors], Call], t: Tensors) -> list[Call]:
 
 
 def _timed(
-    calls: Sequence[AnyCall], blank: Timing, counts: tuple[int | None, int | None], instruments: Instruments
-) -> Iterator[Timing]:
-    """Rows for a cold and a warm L2 cache, and for short calls both again as replayed from CUDA graphs."""
+    calls: Sequence[AnyCall], blank: Timing, counts: tuple[int | None, int | None], instruments: Instruments,
+    graphs: bool,
+) -> Iterator[Timing]:  # fmt: skip
+    """Rows for a cold and a warm L2 cache; for short calls, and with `graphs`, again as replayed from CUDA graphs."""
     flops, moved = counts
 
     def row(*, cold: bool, graph: bool) -> Timing:
@@ -272,7 +275,7 @@ def _timed(
 
     rows = [row(cold=True, graph=False), row(cold=False, graph=False)]
     assert rows[1].p50_us is not None
-    if rows[1].p50_us >= SHORT_US:
+    if rows[1].p50_us >= SHORT_US and not graphs:
         yield from rows
         return
     try:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
-SUITES = ("alexnet", "alexnet-2012")
-# The layers that a forward pass leaves without a ReLU.
-LINEAR_OUTPUT = {"fc8"}
+OPS = {
+    nn.Conv2d: "conv2d",
+    nn.Linear: "linear",
+    nn.MaxPool2d: "max_pool2d",
+    nn.AvgPool2d: "avg_pool2d",
+    nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d",
+    nn.LocalResponseNorm: "local_response_norm",
+}
+"""The layers that networks' chains are made of, beside ReLU, Dropout, Flatten and GoogLeNet's modules."""
 
 
 def known(argument: str, value: str, allowed: Iterable[str]) -> str:
@@ -27,72 +34,93 @@ def known(argument: str, value: str, allowed: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer of a network: its operation, module (parameters on the meta device), input shape and fused activation."""
+    """A layer of a network: its operation, module (parameters on the meta device), input shape and fused activation.
+
+    `dropout` of a linear layer follows its activation. `inner`: a layer on its own, whose input wants a gradient like
+    an activation's even if it has three channels.
+    """
 
     name: str
     op: str
     module: nn.Module
     input: tuple[int, ...]
     activation: str | None
+    dropout: float = 0.0
+    inner: bool = False
 
     @property
     def reads_image(self) -> bool:
         """Whether this is the first layer: its input is what the data loader gives, and needs no gradient."""
-        return len(self.input) == 4 and self.input[1] == 3
+        return not self.inner and len(self.input) == 4 and self.input[1] == 3
+
+
+def network_layers(network: str, batch: int | None = None, size: int | None = None) -> tuple[Shape, ...]:
+    """The layers of a suite with the shapes that arrive at them, for `batch` images of `size` (its own if None).
+
+    network: a built-in suite's name, a user's YAML or CSV file, or "module:callable" (suites.suite_of).
+    """
+    from .suites import suite_of
+
+    suite = suite_of(network)
+    if size is not None:
+        return zoo_layers(known("network", network, ("alexnet", "alexnet-2012", "vgg16", "googlenet")), batch, size)
+    return suite.shapes(batch)
 
 
 @cache
-def network_layers(network: str, batch: int, size: int | None = None) -> tuple[Shape, ...]:
-    """The layers of a network with the shapes that arrive at them, for images of `size` (its own if None)."""
-    known("network", network, SUITES)
-    return _alexnet(batch, size or 224) if network == "alexnet" else _alexnet_2012(batch, size or 227)
+def zoo_layers(network: str, batch: int | None, size: int | None = None, **arguments: Any) -> tuple[Shape, ...]:
+    """The layers of a network of tileconv.model, without its dropouts; 128 images unless told otherwise."""
+    from tileconv.model import shapes
+
+    extent = size or shapes.SIZES[network]
+    if network == "googlenet":
+        arguments = {"aux_logits": False} | arguments
+    if network == "alexnet-2012" and size is not None:
+        arguments = arguments | {"size": size}
+    model = shapes.network(network, **arguments)
+    images = (batch or 128, shapes.channels_of(model), extent, extent)
+    return chain_layers(shapes.layers_of(model, images), images)
 
 
-def _alexnet(batch: int, size: int) -> tuple[Shape, ...]:
-    from tileconv.model.alexnet import AlexNet, layers
+def chain_layers(chain: Iterable[tuple[str, nn.Module]], images: tuple[int, ...]) -> tuple[Shape, ...]:
+    """The layers of a chain for images [N, C, H, W]; a ReLU joins the convolution or linear layer before it.
 
-    with torch.device("meta"):
-        model = AlexNet().eval()
-        x = torch.empty(batch, 3, size, size)
-    found = []
-    for layer in layers(model):
-        shape = tuple(x.flatten(1).shape) if layer.op == "linear" else tuple(x.shape)
-        found.append(Shape(layer.name, layer.op, layer.module, shape, _activation(layer.name, layer.op)))
-        x = layer.reference(x)
-    return tuple(found)
-
-
-def _alexnet_2012(batch: int, size: int) -> tuple[Shape, ...]:
-    """Krizhevsky, Sutskever and Hinton, NIPS 2012: two GPUs' worth of groups, and response norms before two pools.
-
-    Its 224 pixels do not give the 55 outputs of its first layer; as everywhere since, images have 227 and no padding.
+    Inception modules become their branches' layers. Batch normalisation is taken to be folded into the convolution
+    before it, as for evaluation, which gives that a bias.
     """
+    found: list[Shape] = []
     with torch.device("meta"):
-        pool = nn.MaxPool2d(3, 2)
-        norm = nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0)
-        steps: list[tuple[str, str, nn.Module]] = [
-            ("conv1", "conv2d", nn.Conv2d(3, 96, 11, stride=4)),
-            ("norm1", "local_response_norm", norm),
-            ("pool1", "max_pool2d", pool),
-            ("conv2", "conv2d", nn.Conv2d(96, 256, 5, padding=2, groups=2)),
-            ("norm2", "local_response_norm", norm),
-            ("pool2", "max_pool2d", pool),
-            ("conv3", "conv2d", nn.Conv2d(256, 384, 3, padding=1)),
-            ("conv4", "conv2d", nn.Conv2d(384, 384, 3, padding=1, groups=2)),
-            ("conv5", "conv2d", nn.Conv2d(384, 256, 3, padding=1, groups=2)),
-            ("pool5", "max_pool2d", pool),
-            ("fc6", "linear", nn.Linear(256 * 6 * 6, 4096)),
-            ("fc7", "linear", nn.Linear(4096, 4096)),
-            ("fc8", "linear", nn.Linear(4096, 1000)),
-        ]
-        x = torch.empty(batch, 3, size, size)
-    found = []
-    for name, op, module in steps:
-        x = x.flatten(1) if op == "linear" else x
-        found.append(Shape(name, op, module, tuple(x.shape), _activation(name, op)))
-        x = module(x)
+        _walk(list(chain), torch.empty(images), found)
     return tuple(found)
 
 
-def _activation(layer: str, op: str) -> str | None:
-    return "relu" if op in ("conv2d", "linear") and layer not in LINEAR_OUTPUT else None
+def _walk(chain: list[tuple[str, nn.Module]], x: torch.Tensor, found: list[Shape]) -> torch.Tensor:
+    from tileconv.model.googlenet import BasicConv2d, Inception
+
+    for place, (name, m) in enumerate(chain):
+        if isinstance(m, Inception):
+            x = torch.cat([_walk(list(branch), x, found) for branch in _branches(name, m)], dim=1)
+            continue
+        if isinstance(m, nn.ReLU | nn.Dropout | nn.Identity):
+            continue
+        activated = isinstance(m, BasicConv2d) or any(isinstance(after, nn.ReLU) for _, after in chain[place + 1 :][:1])
+        m = _with_bias(m.conv) if isinstance(m, BasicConv2d) else m
+        if not isinstance(m, nn.Flatten):
+            shape = tuple(x.flatten(1).shape) if isinstance(m, nn.Linear) else tuple(x.shape)
+            found.append(Shape(name, OPS[type(m)], m, shape, "relu" if activated else None))
+            x = x.reshape(shape)
+        x = m(x)
+    return x
+
+
+def _branches(name: str, m: Any) -> Iterator[Iterator[tuple[str, nn.Module]]]:
+    for label, branch in m.named_children():
+        layers = [("", branch)] if label == "branch1" else branch.named_children()
+        yield ((f"{name}.{label}.{place}".rstrip("."), layer) for place, layer in layers)
+
+
+def _with_bias(m: nn.Conv2d) -> nn.Conv2d:
+    padding: Any = m.padding
+    kernel: Any = m.kernel_size
+    stride: Any = m.stride
+    return nn.Conv2d(m.in_channels, m.out_channels, kernel, stride, padding)

@@ -147,18 +147,24 @@ def _through_autograd(side: Side, shape: Shape, t: Tensors, wanted: str) -> Call
 
 
 def _epilogue_backward(side: Side, shape: Shape, t: Tensors) -> Call:
-    """The gradients of ReLU and bias, which precede dgrad and wgrad: [ReLU's, as one row] and the bias's, joined."""
-    dy, y = t["dy"], t["y"]
-    axes = [axis for axis in range(dy.dim()) if axis != 1]
+    """What precedes dgrad and wgrad, in one call: ReLU's gradient and the bias's; returns the latter if there is one.
+
+    A locally connected layer may have a bias for every pixel, whose gradient is a sum over images alone.
+    """
+    dy, y, masks, b = t["dy"], t["y"], shape.activation is not None, t.get("b")
     if side == "torch":
-        if shape.activation is None:
-            return lambda: dy.sum(axes)
-        return lambda: torch.ops.aten.threshold_backward(dy, y, 0).sum(axes)
+        axes = [0] if b is not None and b.dim() > 1 else [axis for axis in range(dy.dim()) if axis != 1]
+        if b is None:
+            return lambda: torch.ops.aten.threshold_backward(dy, y, 0)
+        return lambda: (torch.ops.aten.threshold_backward(dy, y, 0) if masks else dy).sum(axes)
     ops = torch.ops.tileconv
-    dy, y = (value[:, :, None, None] if value.dim() == 2 else value for value in (dy, y))
-    if shape.activation is None:
-        return lambda: ops.bias_grad(dy)
-    return lambda: ops.relu_bias_grad(dy, y)[1]
+    if b is None:
+        return lambda: ops.relu_backward(dy, y)
+    if b.dim() > 1:
+        columns = dy.contiguous().reshape(dy.shape[0], -1, 1, 1)
+        return lambda: ops.bias_grad(columns).view(b.shape)
+    dy, y = (value[(..., *[None] * (4 - value.dim()))] for value in (dy, y))
+    return lambda: ops.relu_bias_grad(dy, y)[1] if masks else ops.bias_grad(dy)
 
 
 def _symmetric(problem: Any) -> list[int]:
@@ -191,8 +197,8 @@ def _linear_grad(side: Side, case: Case, shape: Shape, t: Tensors) -> Call:
     x, w, dy = t["x"], t["w"], t["dy"]
     if side == "torch":
         return (lambda: dy @ w) if case.pass_ == "dgrad" else (lambda: dy.mT @ x)
-    images = {name: t[name][:, :, None, None] for name in ("x", "w", "dy")}
-    return _conv_grad(side, case, shape, images)
+    call = _conv_grad(side, case, shape, {name: t[name][:, :, None, None] for name in ("x", "w", "dy")})
+    return lambda: call().flatten(1)
 
 
 def _max_pool_grad(side: Side, case: Case, shape: Shape, t: Tensors) -> Call:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .cases import DTYPES, Case, conv_problem, shape_of
-from .traffic import Traffic, traffic
+from .cases import DTYPES, Case, parts, shape_of
+from .cases import launches as launches_of
+from .plans import matrix_product
+from .problems import bytes_least, conv_problem
+from .traffic import traffic
+from .traffic_base import Traffic
 
 PRODUCTS = ("fprop_box", "fprop_gather", "fprop_runs", "wgrad_box", "wgrad_gather", "wgrad_runs")
+IN_RUNS = ("fprop_runs", "wgrad_runs")
 FINISHES = ("fprop_finish", "add_slices")
 NOTHING: dict[str, Any] = {
     "useful_rows": None, "useful_columns": None, "wave_efficiency": None, "bytes_read": None, "bytes_written": None,
@@ -20,10 +25,14 @@ NOTHING: dict[str, Any] = {
 def predictions(case: Case, launches: Sequence[Any], gpu: Any) -> list[dict[str, Any]]:
     """The modelled half of a row for every launch of a case; None where the model does not know the kernel.
 
-    `floor_us` is the whole case's, the same in each of its rows; their `modelled_us` add up to the case's time.
+    `floor_us` is the whole case's, the same in each of its rows; their `modelled_us` add up to the case's time. A whole
+    network's rows are those of its layers.
     """
+    if shape_of(case).op == "network":
+        return _together(case, launches, gpu)
     multiplies = case.pass_ in ("fprop", "dgrad", "wgrad")
     known = _products(case, launches, gpu) if multiplies else {}
+    own = _arithmetic(case, launches, gpu) if multiplies and not known else {}
     floor = _floor(case, launches, gpu) if multiplies or launches else None
     dtype = DTYPES[case.dtype]
     rows = []
@@ -50,41 +59,111 @@ def predictions(case: Case, launches: Sequence[Any], gpu: Any) -> list[dict[str,
             finish = None
         elif bytes_ is not None and launch.kernel.__name__ not in PRODUCTS:
             row |= _streamed(bytes_, launch, gpu)
+            if index in own:
+                row |= _with_arithmetic(row, *own[index])
         rows.append(row)
     return rows
+
+
+def _together(case: Case, launches: Sequence[Any], gpu: Any) -> list[dict[str, Any]]:
+    """The rows of a network's layers, in the order of cases.launches."""
+    rows: list[dict[str, Any]] = []
+    floors = []
+    for part in parts(case):
+        own = launches[len(rows) : len(rows) + len(launches_of(part, gpu))]
+        found = predictions(part, own, gpu)
+        floors.append(found[0]["floor_us"] if found else 0.0)
+        rows += found
+    floor = None if None in floors else sum(floors)
+    return [row | {"floor_us": floor} for row in rows]
 
 
 def _products(case: Case, launches: Sequence[Any], gpu: Any) -> dict[int, tuple[Any, int, int]]:
     """For every launch that multiplies: its prediction, the layer's operations, and its operands' bytes, once."""
     from tileconv.kernels import cost, run_tiles, tiles
 
-    problem, dtype = conv_problem(shape_of(case)), DTYPES[case.dtype]
-    in_runs = any(launch.kernel.__name__.endswith("_runs") for launch in launches)
-    choose = run_tiles.choose_runs if in_runs else tiles.choose
-    if case.pass_ == "dgrad":
-        problems = [(part.problem, part.problem) for part in problem.dgrad]
-    elif not in_runs and tiles.first_layer(problem, case.pass_, dtype, gpu):
-        problems = [(problem.space_to_depth, problem)]
-    else:
-        problems = [(problem, problem)]
+    dtype = DTYPES[case.dtype]
     places = [i for i, launch in enumerate(launches) if launch.kernel.__name__ in PRODUCTS]
+    problems = _problems(case, [launches[place] for place in places], gpu) if places else []
     found = {}
-    for place, (own, asked) in zip(places, problems, strict=len(places) == len(problems)):
-        tile = choose(own, case.pass_, dtype, case.precision, gpu)
+    for place, (own, asked, pass_) in zip(places, problems, strict=True):
+        choose = run_tiles.choose_runs if launches[place].kernel.__name__ in IN_RUNS else tiles.choose
+        tile = choose(own, pass_, dtype, case.precision, gpu)
         if str(tile) != launches[place].tile:
             raise RuntimeError(f"{case}: the launch uses {launches[place].tile!r}, the model was asked about {tile}")
-        prediction = cost.predict(own, case.pass_, tile, dtype, case.precision, gpu)
+        prediction = cost.predict(own, pass_, tile, dtype, case.precision, gpu)
         found[place] = prediction, asked.flops, asked.bytes_least(dtype.itemsize)
-    return found
+    return _shared(found, conv_problem(shape_of(case)).flops)
+
+
+def _shared(found: dict[int, tuple[Any, int, int]], needed: int) -> dict[int, tuple[Any, int, int]]:
+    """The layer's operations over its products, by what each counts: a gradient's own count has its padding's taps."""
+    left, counted = needed, sum(flops for _, flops, _ in found.values())
+    shared = {}
+    for place, (prediction, flops, least) in found.items():
+        share = left * flops // counted if counted else 0
+        left, counted = left - share, counted - flops
+        shared[place] = prediction, share, least
+    return shared
+
+
+def _problems(case: Case, products: Sequence[Any], gpu: Any) -> list[tuple[Any, Any, str]]:
+    """For every product of a case: the problem that the kernel solves, the one it stands for, and the pass it is.
+
+    A transposed convolution runs the passes of the convolution that it turns.
+    """
+    from tileconv.kernels import tiles
+
+    shape, pass_ = shape_of(case), case.pass_
+    problem = matrix_product(shape) if shape.op == "conv2d_im2col" else conv_problem(shape)
+    if shape.op == "conv_transpose2d" and pass_ != "wgrad":
+        pass_ = "dgrad" if pass_ == "fprop" else "fprop"
+    if pass_ == "dgrad":
+        return [(part.problem, part.problem, pass_) for part in problem.dgrad]
+    if products[0].kernel.__name__ in IN_RUNS:
+        _, channels, _, width = products[0].arguments["x"].shape
+        flat = problem.interleaved if channels != problem.C else problem
+        return [(flat.widened(width), problem, pass_)]
+    if tiles.first_layer(problem, pass_, DTYPES[case.dtype], gpu):
+        return [(problem.space_to_depth, problem, pass_)]
+    return [(problem, problem, pass_)]
+
+
+def _arithmetic(case: Case, launches: Sequence[Any], gpu: Any) -> dict[int, tuple[int, float]]:
+    """For the kernels of depthwise and locally connected layers: operations, and the rate of the unit that does them.
+
+    Depthwise sums are fused multiply-adds of fp32 (of fp64 for fp64); the others multiply on tensor cores.
+    """
+    from tileconv.kernels import cost, layout
+
+    shape, dtype = shape_of(case), DTYPES[case.dtype]
+    problem = conv_problem(shape)
+    rate = gpu.peak(layout.sum_dtype(dtype), "ieee")
+    if shape.op == "locally_connected2d":
+        rate = gpu.peak(dtype, case.precision) * cost.TENSOR_LOAD
+    each = [part.problem.flops for part in problem.dgrad] if case.pass_ == "dgrad" else [problem.flops]
+    if shape.op == "locally_connected2d":
+        each = [problem.flops]
+    first = launches[0].kernel if launches else None
+    places = [i for i, launch in enumerate(launches) if launch.kernel is first]
+    return {place: (flops, rate) for place, flops in zip(places, each, strict=True)}
+
+
+def _with_arithmetic(row: dict[str, Any], flops: int, rate: float) -> dict[str, Any]:
+    from tileconv.kernels import cost
+
+    products = cost.LAUNCH_US + 1e6 * flops / rate
+    slower = products > row["modelled_us"]
+    found = {"flops_needed": flops, "flops_done": flops}
+    return found | ({"modelled_us": products, "bound_by": "arithmetic"} if slower else {})
 
 
 def _floor(case: Case, launches: Sequence[Any], gpu: Any) -> float | None:
     """No kernel is faster: the operations at the data sheet's rate, or each operand moved once."""
-    from tileconv.kernels import cost
-
+    shape, dtype = shape_of(case), DTYPES[case.dtype]
     if case.pass_ in ("fprop", "dgrad", "wgrad"):
-        floor: float = cost.floor_us(conv_problem(shape_of(case)), DTYPES[case.dtype], case.precision, gpu)
-        return floor
+        arithmetic = conv_problem(shape).flops / gpu.peak(dtype, case.precision)
+        return float(1e6 * max(arithmetic, bytes_least(shape, dtype.itemsize) / gpu.dram))
     bytes_ = traffic(launches[0])
     return None if bytes_ is None else 1e6 * bytes_.least / gpu.dram
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cases import DTYPES, Case, cases, conv_problem, shape_of
+from .cases import DTYPES, Case, cases, conv_problem, passes_of, shape_of
 from .check import budget, largest_difference
 from .networks import Shape, known
 from .passes import operands_of, placed, work
@@ -41,7 +41,7 @@ def _conv(channels: int, filters: int, kernel: int, size: int, images: int = 3, 
     with torch.device("meta"):
         module = nn.Conv2d(channels, filters, kernel, **settings)
     name = f"{channels}x{size}x{size}-{filters}-{kernel}x{kernel}" + "".join(f"-{k}{v}" for k, v in settings.items())
-    return Shape(name, "conv2d", module, (images, channels, size, size), None)
+    return Shape(name, "conv2d", module, (images, channels, size, size), "relu")
 
 
 # Small, and awkward in one way each: extents that no tile divides, padding on all sides, what descriptors cannot
@@ -59,9 +59,17 @@ PROBLEMS = (
 
 
 def _other_layers() -> list[Shape]:
-    """The kernels without a choice of tiles, each on an awkward size."""
+    """Everything beside conv2d's tiles, each on an awkward size."""
+    from tileconv.kernels.nn import LocallyConnected2d
+
     image, rows = (3, 19, 11, 13), (5, 77)
     modules: list[tuple[str, nn.Module, tuple[int, ...]]] = [
+        ("conv1d", nn.Conv1d(19, 24, 5, 2, 2), (3, 19, 23)),
+        ("conv_transpose2d", nn.ConvTranspose2d(19, 24, 3, 2, 1, 1), image),
+        ("conv2d_im2col", nn.Conv2d(19, 24, 3, 2, 1), image),
+        ("locally_connected2d", LocallyConnected2d(19, 24, (11, 13), 3, 2, 1), image),
+        ("linear", nn.Linear(77, 40), rows),
+        ("relu", nn.ReLU(), image),
         ("max_pool2d", nn.MaxPool2d(3, 2, 1), image),
         ("max_pool2d", nn.MaxPool2d(2, 3, 0, 2, ceil_mode=True), image),
         ("avg_pool2d", nn.AvgPool2d(3, 2, 1), image),
@@ -123,8 +131,7 @@ def tests(dtypes: Sequence[str], gpu: Any) -> list[Test]:
         Test(number, pass_, dtype)
         for dtype in dtypes
         for number, shape in enumerate(shapes())
-        for pass_ in (PASSES if shape.op == "conv2d" else ("forward", "backward"))
-        if not (shape.reads_image and pass_ == "dgrad")
+        for pass_ in passes_of(shape)
     ]
     used = [test for dtype in dtypes for test in _tile_tests(_in_use(dtype, gpu), dtype, gpu, problems=2)]
     # Round by round, so that a budget that ends cuts all passes and dtypes alike.

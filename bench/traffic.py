@@ -16,55 +16,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one launch: requested by its programs, and touched at least once."""
-
-    read: int
-    written: int
-    least: int
-
-    @property
-    def requested(self) -> int:
-        """All that goes between L2 and the SMs."""
-        return self.read + self.written
+from . import traffic_layers
+from .traffic_base import Arguments, Traffic, adaptive_pairs
+from .traffic_base import cdiv as _cdiv
+from .traffic_base import clip as _clip
+from .traffic_base import itemsize as _itemsize
+from .traffic_base import pairs as _pairs
+from .traffic_base import touched as _touched
 
 
 def traffic(launch: Any) -> Traffic | None:
     """The traffic of a launch; None for a kernel that this file does not know."""
-    count = COUNTERS.get(launch.kernel.__name__)
+    name = launch.kernel.__name__
+    module = getattr(launch.kernel, "fn", launch.kernel).__module__.rpartition(".")[2]
+    count = COUNTERS.get(name) or traffic_layers.COUNTERS.get(f"{module}.{name}")
     return None if count is None else count(launch.arguments)
-
-
-Arguments = dict[str, Any]
-
-
-def _itemsize(operand: Any) -> int:
-    """Of a tensor, or of a tensor descriptor's tensor."""
-    tensor = operand.base if hasattr(operand, "block_shape") else operand
-    size: int = tensor.element_size()
-    return size
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _clip(start: int, size: int, extent: int) -> int:
-    """How much of [start, start + size) lies in [0, extent)."""
-    return max(0, min(start + size, extent) - max(start, 0))
-
-
-def _touched(outputs: int, taps: int, stride: int, pad: int, dilation: int, extent: int) -> int:
-    """Along one axis: input positions that some window reaches."""
-    found = {o * stride - pad + t * dilation for o, t in itertools.product(range(outputs), range(taps))}
-    return sum(0 <= i < extent for i in found)
-
-
-def _pairs(outputs: int, taps: int, stride: int, pad: int, dilation: int, extent: int) -> int:
-    """Along one axis: pairs of an output and a tap inside the image."""
-    return sum(0 <= o * stride - pad + t * dilation < extent for o, t in itertools.product(range(outputs), range(taps)))
 
 
 @dataclass(frozen=True)
@@ -318,11 +284,7 @@ def _window(a: Arguments, image: Any) -> tuple[int, int, int]:
 
 def _adaptive(a: Arguments) -> tuple[int, int]:
     """Elements that all windows of one plane load, and elements of a window's plane."""
-    rows, columns = (
-        sum(_cdiv((i + 1) * extent, outputs) - i * extent // outputs for i in range(outputs))
-        for extent, outputs in ((a["H"], a["P"]), (a["W"], a["Q"]))
-    )
-    return rows * columns, a["H"] * a["W"]
+    return adaptive_pairs(a), a["H"] * a["W"]
 
 
 def _adaptive_forward(a: Arguments) -> Traffic:
@@ -349,6 +311,11 @@ def _space_to_depth(a: Arguments) -> Traffic:
     )  # fmt: skip
     read = count * a["C"] * rows * columns * _itemsize(a["x"])
     written = count * a["U"] * a["V"] * depth * _itemsize(a["y"])
+    return Traffic(read, written, read + written)
+
+
+def _widen(a: Arguments) -> Traffic:
+    read, written = a["x"].numel() * _itemsize(a["x"]), a["y"].numel() * _itemsize(a["y"])
     return Traffic(read, written, read + written)
 
 
@@ -426,6 +393,7 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "across_columns": _norm,
     "space_to_depth": _space_to_depth,
     "depth_to_space": _each_once("y", out="dw"),
+    "widen": _widen,
     "fprop_runs": _fprop_runs,
     "wgrad_runs": _wgrad_runs,
     "filters_to_runs": _filters_to_runs,

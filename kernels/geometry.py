@@ -152,6 +152,11 @@ class Conv2dProblem:
         depth = -(-self.C * stride_h * stride_w // 8) * 8
         return Conv2dProblem(N=self.N, C=depth, H=self.P - 1 + R, W=self.Q - 1 + S, K=self.K, R=R, S=S)
 
+    def widened(self, width: int) -> Conv2dProblem:
+        """The same outputs from an image filled up with zeros to `width` columns."""
+        (top, (before, after)), more = self.padding, width - self.W
+        return replace(self, W=width, padding=(top, (before, after - more)))
+
     @property
     def interleaved(self) -> Conv2dProblem:
         """The same problem on an image of one channel: its pixels' channels, side by side as NHWC has them.

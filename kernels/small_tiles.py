@@ -53,9 +53,13 @@ def choose_depthwise(problem: Conv2dProblem, nhwc: bool, dtype: torch.dtype, gpu
     """The tile of a forward or input-gradient pass: 16 bytes of channels (in NCHW columns) a thread.
 
     Three output rows share the five input rows under a 3x3 window, instead of reading nine, and keep 24 sums a thread
-    of fp16.  Larger windows spill (7x7 of fp16: 58 times), strided ones share little.
+    of fp16.  There three rows of a 5x5 window spill (16 times; two take 180 registers), as do two rows where a channel
+    sums over several filters; 7x7 spills 58 times.  Strided windows share little.
     """
-    lines = 3 if problem.stride[0] == 1 and problem.R > 1 and problem.taps <= 25 else 1
+    shares = problem.stride[0] == 1 and problem.R > 1 and problem.taps <= 25
+    lines = 3 if shares else 1
+    if shares and dtype.itemsize == 2:
+        lines = 1 if problem.group_channels > 1 else 3 if problem.taps <= 9 else 2
     return _depthwise(problem, nhwc, dtype, gpu, min(lines, problem.P))
 
 

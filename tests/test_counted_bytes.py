@@ -10,7 +10,7 @@ import torch
 from tileconv.bench.traffic import Traffic, traffic
 from tileconv.kernels import hardware, interpreter, tiles
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Conv2dProblem, Pool2dProblem
-from tileconv.kernels.launch import conv, norm, pointwise, pool
+from tileconv.kernels.launch import conv, depthwise, local, norm, pointwise, pool, softmax, unfold
 from tileconv.kernels.launch.common import Launch
 
 pytestmark = pytest.mark.skipif(not hardware.interpreting(), reason="counts in Triton's interpreter")
@@ -130,6 +130,7 @@ def test_wgrad_gather(problem):
 RUNS = {
     "7x7 s2": Conv2dProblem(N=2, C=3, H=15, W=16, K=24, R=7, S=7, stride=(2, 2), padding=((3, 3), (3, 3))),
     "11x11 s4": Conv2dProblem(N=2, C=3, H=21, W=20, K=20, R=11, S=11, stride=(4, 4), padding=((2, 2), (2, 2))),
+    "unaligned": Conv2dProblem(N=1, C=3, H=15, W=19, K=16, R=5, S=5, stride=(4, 4), padding=((2, 2), (1, 1))),
     "s3 s2, rows dilated": Conv2dProblem(N=1, C=1, H=19, W=18, K=16, R=3, S=5, stride=(3, 2), dilation=(2, 1)),
 }
 
@@ -149,7 +150,7 @@ def test_first_layer_in_runs(problem):
 
 
 def test_first_layer_with_its_rearrangements():
-    problem = Conv2dProblem(N=2, C=3, H=19, W=23, K=16, R=5, S=5, stride=(4, 4), padding=((2, 2), (1, 1)))
+    problem = Conv2dProblem(N=2, C=3, H=19, W=23, K=16, R=5, S=5, stride=(3, 3), padding=((2, 2), (1, 1)))
     x, w, bias, y = tensors(problem)
     launches = [
         *conv.plan_fprop(problem, x.contiguous(), w, bias, y, gpu=GPU), *conv.plan_wgrad(problem, y, x, w, gpu=GPU)
@@ -206,6 +207,166 @@ def test_average_pool_both_ways():
             pool.plan_adaptive_avg_backward(problem, y, x, gpu=GPU),
         ]
     )
+
+
+AVERAGES = {
+    "average": pool.Averaging(True, None),
+    "average without padding": pool.Averaging(False, None),
+    "norm": pool.Averaging(True, None, 2.0),
+}
+
+
+@pytest.mark.parametrize("averaging", AVERAGES.values(), ids=AVERAGES.keys())
+@pytest.mark.parametrize("name", ["3x3 s2", "3x3 s2 padded", "2x2 s2", "ceil"])
+def test_window_averages_both_ways(name, averaging):
+    problem = POOLS[name]
+    x, y = image(*problem.x_shape), image(*problem.y_shape)
+    saved = (x, y) if averaging.norm else (None, None)
+    agrees(
+        [
+            pool.plan_average_forward(problem, averaging, x, y, gpu=GPU),
+            pool.plan_average_backward(problem, averaging, torch.randn_like(y), *saved, torch.empty_like(x), gpu=GPU),
+        ]
+    )
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 4), (1, 1), (7, 9), (9, 10)], ids=["uneven", "all", "same", "more"])
+def test_adaptive_max_both_ways_and_its_indices(rows, columns):
+    problem = AdaptivePool2dProblem(2, 8, 7, 9, rows, columns)
+    x, y = image(2, 8, 7, 9), image(2, 8, rows, columns)
+    switch = torch.zeros(y.shape, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    index = torch.zeros_like(switch, dtype=torch.int64)
+    for launch in (
+        pool.plan_adaptive_max_forward(problem, x, y, switch, gpu=GPU),
+        pool.plan_adaptive_max_backward(problem, y, switch, torch.empty_like(x), gpu=GPU),
+        pool.plan_adaptive_switch_to_index(problem, switch, index, gpu=GPU),
+    ):
+        agrees([launch])
+
+
+def test_unpool_both_ways_and_the_indices_it_takes():
+    problem = POOLS["2x2 s2"]
+    x, y = image(*problem.x_shape), image(*problem.y_shape)
+    switch = torch.zeros(y.shape, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    index = torch.zeros_like(switch, dtype=torch.int64)
+    pool.plan_max_forward(problem, x, y, switch, gpu=GPU).run()
+    agrees([pool.plan_switch_to_index(problem, switch, index, gpu=GPU)])
+    agrees([pool.plan_unpool(y, index, torch.zeros_like(x), gpu=GPU)])
+    agrees([pool.plan_unpool_backward(x, index, torch.empty_like(y), gpu=GPU)])
+
+
+@pytest.mark.parametrize("name", ["3x3", "dilated", "strided and dilated"])
+@pytest.mark.parametrize("patches", [True, False], ids=["patches", "pixels"])
+def test_unfold_and_fold(name, patches):
+    problem = (PROBLEMS | STRIDED)[name]
+    depth, pixels = problem.im2col_shape
+    cols = torch.randn(problem.N, pixels, depth).half().mT if patches else torch.randn(problem.N, depth, pixels).half()
+    x = image(*problem.x_shape)
+    agrees([unfold.plan_unfold(problem, x, cols, gpu=GPU), unfold.plan_fold(problem, cols, x, gpu=GPU)])
+
+
+DEPTHWISE = {
+    "3x3": square(1, K=24, groups=24, H=7),
+    "strided": square(1, K=24, groups=24, H=9, W=7, stride=(2, 2)),
+    "dilated": square(2, K=24, groups=24, H=9, dilation=(2, 2)),
+    "two filters each": square(1, K=48, groups=24, H=5),
+    "5x5": square(2, K=24, groups=24, H=6, R=5, S=5),
+}
+
+
+@pytest.mark.parametrize("problem", DEPTHWISE.values(), ids=DEPTHWISE.keys())
+def test_depthwise(problem):
+    x, w, bias, y = tensors(problem)
+    agrees(depthwise.plan_fprop(problem, x, w, bias, y, gpu=GPU))
+    for launch in depthwise.plan_dgrad(problem, y, w, x, gpu=GPU):
+        expected, found = traffic(launch), counted(launch)
+        if problem.stride[0] > 1:  # each residue's launch reads a part of the taps, and its filters hold all
+            found = Traffic(found.read, found.written, expected.least)
+        assert expected == found, launch.tile
+    agrees(depthwise.plan_wgrad(problem, y, x, w.contiguous(), gpu=GPU))
+
+
+@pytest.mark.parametrize("shared_bias", [True, False], ids=["shared bias", "own biases"])
+@pytest.mark.parametrize("name", ["3x3", "no padding", "strided"])
+def test_locally_connected(name, shared_bias):
+    problem = (PROBLEMS | STRIDED)[name]
+    x, y = image(*problem.x_shape), image(*problem.y_shape)
+    w = torch.randn(problem.P * problem.Q, problem.K, problem.C * problem.taps).half()
+    bias = torch.randn(problem.y_shape[1:2] if shared_bias else problem.y_shape[1:]).half()
+    agrees(
+        [
+            local.plan_fprop(problem, x, w, bias, y, gpu=GPU, precision="ieee"),
+            local.plan_dgrad(problem, y, w, torch.empty_like(x), gpu=GPU, precision="ieee"),
+            local.plan_wgrad(problem, y, x, torch.empty_like(w), gpu=GPU, precision="ieee"),
+        ]
+    )
+
+
+def rows_of(shape):
+    """[OUTER, D, INNER] of channels_last pixels, or of plain rows."""
+    if len(shape) == 2:
+        return torch.randn(shape).half().unsqueeze(2)
+    return image(*shape).flatten(2)
+
+
+@pytest.mark.parametrize("shape", [(5, 1000), (2, 21, 4, 3)], ids=["rows", "pixels"])
+@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
+def test_softmax_both_ways(shape, log):
+    x = rows_of(shape)
+    y = torch.randn(x.shape).half()
+    agrees(
+        [
+            softmax.plan_softmax(x, y, log, gpu=GPU),
+            softmax.plan_softmax_backward(y, y.clone(), torch.empty_like(y), log, gpu=GPU),
+        ]
+    )
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
+def test_softmax_walks_twice_along_rows_that_do_not_fit(log):
+    x = torch.randn(2, 1000, 1).half()
+    for launch in (
+        softmax.plan_softmax(x, x.clone(), log, gpu=GPU),
+        softmax.plan_softmax_backward(x, x.clone(), x.clone(), log, gpu=GPU),
+    ):
+        launch.arguments.update(ONE=False, COLS=256)
+        agrees([launch])
+
+
+@pytest.mark.parametrize("kind", ["classes", "weighted classes", "probabilities", "to probabilities"])
+@pytest.mark.parametrize("shape", [(5, 100), (2, 21, 4, 3)], ids=["rows", "pixels"])
+def test_cross_entropy_both_ways(shape, kind):
+    x = rows_of(shape)
+    count = x.shape[0] * x.shape[2]
+    target = torch.rand(x.shape).half() if "prob" in kind else torch.ones(x.shape[0], x.shape[2], dtype=torch.int64)
+    weight = torch.rand(x.shape[1]).half() if kind.startswith("weighted") else None
+    losses, saved = torch.empty(2, count), torch.zeros(3, count)
+    settings = (-100, 0.1)
+    agrees([softmax.plan_cross_entropy(x, target, weight, losses, saved, *settings, gpu=GPU)])
+    grad, divisor, dx = torch.ones(()).half(), torch.ones(()), torch.empty(x.shape).half()
+    for grads in (grad, torch.ones(count).half()):
+        agrees(
+            [
+                softmax.plan_cross_entropy_backward(
+                    grads, divisor, x, target, weight, saved, dx, *settings, kind == "to probabilities", gpu=GPU
+                )
+            ]
+        )
+
+
+def test_local_response_norm_of_contiguous_images():
+    x, dy = torch.randn(2, 24, 3, 5).half(), torch.randn(2, 24, 3, 5).half()
+    for gradient in (None, dy):
+        launch = norm.plan_local_response_norm(x, gradient, torch.empty_like(x), 5, 2e-5, 0.75, 2.0, gpu=GPU)
+        assert launch.kernel.__name__.startswith("along_rows")
+        agrees([launch])
+        launch.arguments["CHUNK"] = 10
+        agrees([Launch(launch.kernel, (3 * launch.grid[0],), launch.arguments)])
+
+
+def test_dropout():
+    x = torch.randn(3000).half()
+    agrees([pointwise.plan_dropout(x, torch.empty_like(x), torch.zeros(1, dtype=torch.int64), 0.5, gpu=GPU)])
 
 
 def test_local_response_norm_both_ways():

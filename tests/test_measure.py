@@ -25,6 +25,7 @@ from tileconv.bench import (
     images,
     job,
     measure,
+    passes,
     providers,
     records,
     report,

@@ -405,7 +405,7 @@ def test_inspect_writes_a_record_that_report_renders(no_pictures, tmp_path, monk
     assert "Modelled: on H100 (sm_90)" in result.output
     record = records.load(file)
     assert record.device.kind == "none" and str(tmp_path) not in file.read_text()
-    assert record.command == "tileconv inspect --suite alexnet --batch 128 --arch sm_90 --pass fprop --layer conv2"
+    assert record.command == "tileconv inspect --suite alexnet --arch sm_90 --pass fprop --layer conv2"
     again = CliRunner().invoke(app, ["report", str(file), "--out", str(tmp_path / "out")])
     assert again.exit_code == 0, again.output
     assert (tmp_path / "out" / "inspect-alexnet.md").read_text().startswith("# tileconv, inspected\n")

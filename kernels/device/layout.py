@@ -69,3 +69,31 @@ def depth_to_space(
     d = (c * STRIDE_H + r % STRIDE_H) * STRIDE_W + s % STRIDE_W
     block = (k * U + r // STRIDE_H) * V + s // STRIDE_W
     tl.store(dw + i, tl.load(y + block * DEPTH + d, mask=i < SIZE, other=0.0), mask=i < SIZE)
+
+
+# y[n, c, h, w] = x[n, c, h, w], zero from W on: rows that start at aligned addresses, for any x.
+@triton.jit
+def widen(
+    x,  # pointer, any strides
+    y,  # pointer to [N, C, H, WIDTH]
+    HEIGHT,  # rows of all images and channels
+    C,
+    H,
+    W,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    WIDTH: tl.constexpr,
+    INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,  # at least WIDTH
+):
+    row = tl.cast(tl.program_id(0), INDEX) * ROWS + tl.arange(0, ROWS)
+    w = tl.arange(0, COLS)[None, :]
+    h = row % H
+    c = row // H % C
+    n = row // H // C
+    at = (n * stride_xn + c * stride_xc + h * stride_xh)[:, None] + w * stride_xw
+    value = tl.load(x + at, mask=(row < HEIGHT)[:, None] & (w < W), other=0.0)
+    tl.store(y + row[:, None] * WIDTH + w, value, mask=(row < HEIGHT)[:, None] & (w < WIDTH))

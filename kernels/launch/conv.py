@@ -46,14 +46,15 @@ def plan_fprop(
     """
     if filters is None and _depthwise(problem):
         return depthwise.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation)
-    if filters is None and runs.applies(problem, "fprop", x, precision):
-        return runs.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation, precision=precision)
+    if filters is None and (first := runs.prepare(problem, "fprop", x, precision, gpu=gpu)):
+        rows, image, before = first
+        return before + runs.plan_fprop(rows, image, w, bias, y, gpu=gpu, activation=activation, precision=precision)
     filters = filters or problem.filters
     if tiles.first_layer(problem, "dgrad" if filters.transposed else "fprop", x.dtype, gpu):
-        blocks, x, first = _to_depth(problem, x, gpu)
-        w, second = _filters_to_depth(problem, w, gpu)
+        blocks, x, to_blocks = _to_depth(problem, x, gpu)
+        w, filters_to_blocks = _filters_to_depth(problem, w, gpu)
         rest = plan_fprop(blocks, x, w, bias, y, gpu=gpu, activation=activation, precision=precision)
-        return [first, second, *rest]
+        return [to_blocks, filters_to_blocks, *rest]
     tile = tiles.choose(problem, "dgrad" if filters.transposed else "fprop", x.dtype, precision, gpu)
     common: dict[str, Any] = {
         "bias": bias, "N": problem.N, "H": problem.H, "W": problem.W, "P": problem.P, "Q": problem.Q,
@@ -92,13 +93,14 @@ def plan_wgrad(
     """The launches that write dw [K, C/groups, R, S] (channels_last): partial sums, then their sum in a fixed order."""
     if _depthwise(problem):
         return depthwise.plan_wgrad(problem, dy, x, dw, gpu=gpu)
-    if runs.applies(problem, "wgrad", x, precision):
-        return runs.plan_wgrad(problem, dy, x, dw, gpu=gpu, precision=precision)
+    if first := runs.prepare(problem, "wgrad", x, precision, gpu=gpu):
+        rows, image, before = first
+        return before + runs.plan_wgrad(rows, dy, image, dw, gpu=gpu, precision=precision)
     if tiles.first_layer(problem, "wgrad", x.dtype, gpu):
-        blocks, x, first = _to_depth(problem, x, gpu)
+        blocks, x, to_blocks = _to_depth(problem, x, gpu)
         blocked = layout.empty_image(blocks.w_shape, dw, channels_last=True)
         last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
-        return [first, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
+        return [to_blocks, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
     tile = tiles.choose(problem, "wgrad", x.dtype, precision, gpu)
     matrix = dw.permute(0, 2, 3, 1)
     parts = matrix if tile.splits == 1 else _slices(tile.splits, dw)

@@ -36,3 +36,15 @@ def plan_depth_to_space(y: torch.Tensor, dw: torch.Tensor, stride: Pair, *, gpu:
     }  # fmt: skip
     programs = triton.cdiv(dw.numel(), tile.cols)
     return Launch(device.depth_to_space, (programs,), arguments, tile.num_warps, 1, str(tile))
+
+
+def plan_widen(x: torch.Tensor, y: torch.Tensor, *, gpu: GPU) -> Launch:
+    """The launch that writes y [N, C, H, WIDTH] (contiguous) from x [N, C, H, W], its rows filled up with zeros."""
+    height, width = y.shape[0] * y.shape[1] * y.shape[2], y.shape[3]
+    cols = tiles.power_of_two(width)
+    tile = tiles.choose_elementwise(height, cols, x.dtype, gpu)
+    arguments = {
+        "x": x, "y": y, "HEIGHT": height, "C": x.shape[1], "H": x.shape[2], "W": x.shape[3],
+        **strides("x", x, "nchw"), "WIDTH": width, "INDEX": index_type(x, y), "ROWS": tile.rows, "COLS": cols,
+    }  # fmt: skip
+    return Launch(device.widen, (triton.cdiv(height, tile.rows),), arguments, tile.num_warps, 1, f"{tile.rows}x{cols}")

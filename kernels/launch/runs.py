@@ -12,15 +12,32 @@ from tileconv.kernels.device import runs as device
 from tileconv.kernels.geometry import Conv2dProblem, Runs
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
+from tileconv.kernels.launch.layout import plan_widen
 from tileconv.kernels.launch.pointwise import plan_add_slices
 from tileconv.kernels.tiles import choose_elementwise
 
 
-def applies(problem: Conv2dProblem, pass_: str, x: torch.Tensor, precision: str) -> bool:
-    """Whether a pass can read x [N, C, H, W] in runs: neighbours side by side, rows and images at aligned addresses."""
+def prepare(
+    problem: Conv2dProblem, pass_: str, x: torch.Tensor, precision: str, *, gpu: GPU
+) -> tuple[Conv2dProblem, torch.Tensor, list[Launch]] | None:
+    """A pass as one on an image that can be read in runs, that image, and the launches that fill it; None if it cannot.
+
+    An image lies right if neighbours are side by side and every row starts at an aligned address: [N, C, H, W], or NHWC
+    with its channels as columns.  Others are copied, their rows filled up with zeros.
+    """
     if not run_tiles.in_runs(problem, pass_, x.dtype, precision):
-        return False
-    problem, x = _in_rows(problem, x)
+        return None
+    flat, rows = _in_rows(problem, x)
+    if _lies_right(flat, rows):
+        return flat, rows, []
+    wide = problem.widened(-(-problem.W // 8) * 8)
+    if wide.runs(x.itemsize) is None:
+        return None
+    copy = torch.empty(wide.x_shape, dtype=x.dtype, device=x.device)
+    return wide, copy, [plan_widen(x, copy, gpu=gpu)]
+
+
+def _lies_right(problem: Conv2dProblem, x: torch.Tensor) -> bool:
     runs = problem.runs(x.itemsize)
     if runs is None or x.data_ptr() % 16 or (x.stride(3) != 1 and x.shape[3] > 1):
         return False
@@ -40,8 +57,10 @@ def plan_fprop(
     problem: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor,
     *, gpu: GPU, activation: str | None, precision: str,
 ) -> list[Launch]:  # fmt: skip
-    """The launches that write y [N, K, P, Q], any strides: the filters as runs, then the convolution."""
-    problem, x = _in_rows(problem, x)
+    """The launches that write y [N, K, P, Q], any strides: the filters as runs, then the convolution.
+
+    `problem` and x as `prepare` makes them, w and y the layer's own.
+    """
     if w.shape != problem.w_shape:
         w = w.permute(0, 2, 3, 1).reshape(problem.w_shape)
     runs = _runs_of(problem, x)
@@ -61,8 +80,10 @@ def plan_fprop(
 def plan_wgrad(
     problem: Conv2dProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, *, gpu: GPU, precision: str
 ) -> list[Launch]:
-    """The launches that write dw [K, C, R, S] (channels_last): partial sums, their sum, and its way out of the runs."""
-    problem, x = _in_rows(problem, x)
+    """The launches that write dw [K, C, R, S] (channels_last): partial sums, their sum, and its way out of the runs.
+
+    `problem` and x as `prepare` makes them, dy and dw the layer's own.
+    """
     runs = _runs_of(problem, x)
     tile = run_tiles.choose_runs(problem, "wgrad", x.dtype, precision, gpu)
     columns = _columns(problem, runs)
