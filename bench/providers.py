@@ -8,11 +8,12 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 
-from .cases import DTYPES, Case, conv_problem
+from .cases import DTYPES, Case, conv_problem, shape_of
 from .networks import Shape, known
 from .passes import Call, Side, Tensors, forward, im2col, work
 
@@ -116,10 +117,17 @@ def _side(side: Side) -> Callable[[Case, Shape, Tensors], Call]:
 
 
 def _compiled(case: Case, shape: Shape, t: Tensors) -> Call:
+    run = _compiled_forward(case)
+    return lambda: run(t)
+
+
+@lru_cache(maxsize=1)
+def _compiled_forward(case: Case) -> Any:
+    """Inductor's forward pass of a case, compiled once for all of its buffers."""
     # Dynamo counts recompilations by source line, and this line is every case's.
     torch.compiler.reset()
-    run = torch.compile(lambda: forward("torch", shape, t), dynamic=False)
-    return lambda: run()
+    shape = shape_of(case)
+    return torch.compile(lambda t: forward("torch", shape, t), dynamic=False)
 
 
 @contextlib.contextmanager
@@ -204,8 +212,6 @@ def level_of(provider: Provider, case: Case) -> str:
 
 
 def _linear(case: Case) -> bool:
-    from .cases import shape_of
-
     return shape_of(case).op in ("linear", "locally_connected2d")
 
 

@@ -320,9 +320,11 @@ def test_flaggems_would_be_asked_for_its_kernels(cuda, monkeypatch):
 
 def test_compiled_calls_are_compiled_anew_for_every_case(cuda, monkeypatch):
     compiled = []
+    providers._compiled_forward.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda run, dynamic: compiled.append(dynamic) or run)
     assert all(row.passed for row in rows_of(POOL, providers.chosen(["torch-compile"]), StubTimer()))
-    assert compiled[0] is False
+    assert compiled == [False], "once for all buffers and both gates"
+    providers._compiled_forward.cache_clear()
 
 
 # Calls
@@ -909,6 +911,39 @@ def test_a_record_without_timings_is_replaced(gpu_job, tmp_path):
     edited(tmp_path, lambda d: d.update(timings=[]))
     assert gpu_job(tmp_path).exit_code == 0
     assert stored(tmp_path).timings
+
+
+def test_without_a_gpu_a_record_is_replaced_whatever_it_is(tmp_path, monkeypatch):
+    """The committed record of the interpreter must not make a fresh clone's first run ask for a flag."""
+    monkeypatch.setattr(job, "checks", lambda *a, **k: [records.to_data(A_CHECK)])
+    monkeypatch.setattr(job, "inspect_all", lambda *a, **k: [])
+    monkeypatch.setattr(job, "alexnet_saved", lambda: [])
+    monkeypatch.setattr(report, "render", lambda draw, size: (b"<svg/>", b"<svg/>", b"\x89PNG"))
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["bench", "--out", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+    (tmp_path / "data" / "interpreter.json").write_text("of an older kind")
+    assert CliRunner().invoke(app, ["bench", "--out", str(tmp_path)]).exit_code == 0
+    assert records.load(tmp_path / "data" / "interpreter.json").timings == ()
+
+
+def test_every_run_inspects_what_its_pictures_are_drawn_from():
+    drawn = {(step.suite, step.batch) for step in job.INSPECTED if "fprop" in step.passes and step.arch == "sm_90"}
+    assert drawn == {("dilated", 16), *(("alexnet", batch) for batch in (1, 8, 32, 128, 512))}
+    assert all(job.cases(s.suite, s.batch, job.INSPECTED_DTYPES, s.passes) for s in job.INSPECTED)
+
+
+def test_suites_are_timed_at_their_own_batch_and_in_their_own_order():
+    found = job.Job(suites=("latency", "dilated"), dtypes=("fp16",)).measured()
+    assert {case.network: case.batch for case in found} == {"latency": 1, "dilated": 16}
+    assert measure.in_order(found)[0].layer in ("conv2", "dilation-2")
+
+
+def test_suites_about_latency_are_always_replayed_from_graphs(cuda):
+    case = Case("latency", "pool5", "forward", 1, "fp32")
+    assert {(r.l2, r.method) for r in rows_of(case, [PLAIN])} == {
+        (l2, method) for l2 in ("cold", "warm") for method in ("events", "graph")
+    }
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_a_worker_answers_for_its_errors_and_leaves_after_lasting_ones(monkeypat
 OPERATIONS = sorted({shape.op for shape in selftest.shapes()})
 
 
+@pytest.mark.filterwarnings("ignore:max_unpooling2d_forward_out does not have a deterministic")
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_pass_of_every_operation_is_called_rightly(op):
     """Each pass alone, ours against PyTorch's in float64, on the first layer of its operation."""
