@@ -90,7 +90,9 @@ def bench(
     batch: Annotated[int, typer.Option(help="Photographs in the checks; at least 2.")] = 2,
     out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("reports"),
     jobs: Annotated[int | None, typer.Option(help="Worker processes; default: one a core, at most 8.", min=1)] = None,
-    suite: Annotated[list[str] | None, typer.Option(help="On a GPU: whose layers to time; may be given again.")] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Whose layers to inspect, and on a GPU to time; may be given again.")
+    ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="On a GPU: fp16, bf16, tf32, fp32 or fp64; may be given again.")
     ] = None,
@@ -106,13 +108,13 @@ def bench(
     Ctrl-C keeps what is measured, and --resume goes on from there. Exit status: 1 for a wrong result, 2 for a mistake
     in the arguments, 130 after Ctrl-C.
     """
-    from .job import MEASURED, Interrupted, Job, failures, run_job
+    from .job import MEASURED, SUITES, Interrupted, Job, failures, run_job
     from .measure import LostDevice
     from .report import headline
 
     console = Console()
     job = Job(
-        batch=batch, jobs=jobs or default_jobs(), suites=suite or ("alexnet",), dtypes=dtype or MEASURED,
+        batch=batch, jobs=jobs or default_jobs(), suites=suite or SUITES, dtypes=dtype or MEASURED,
         providers=provider or (), minutes=minutes, resume=resume, overwrite=overwrite,
     )  # fmt: skip
     interrupted = False

@@ -26,6 +26,7 @@ from .warm import first_calls
 from .workers import Progress
 
 CHECKED = ("fp32", "fp16", "bf16")
+SUITES = ("alexnet",)
 MEASURED = ("fp16", "bf16", "tf32", "fp32")
 BATCH_ON_GPU = 128
 RESERVED_MINUTES = 1.0  # of a run's time budget, for inspecting and the report
@@ -33,12 +34,17 @@ RESERVED_MINUTES = 1.0  # of a run's time budget, for inspecting and the report
 
 @dataclass(frozen=True)
 class Inspected:
-    """Cases that every run compiles and reads, without a GPU too."""
+    """Cases that a run compiles and reads, without a GPU too. batch: None is the suite's own."""
 
     suite: str
-    batch: int
+    batch: int | None
     arch: str
     passes: Sequence[str]
+
+    @property
+    def title(self) -> str:
+        """For the progress of a run."""
+        return f"Compiling and reading {self.suite} {f'at batch {self.batch} ' if self.batch else ''}for {self.arch}"
 
 
 # Every pass where the targets are stated; where kernels take pointers, the forward passes. Then what time is drawn
@@ -56,13 +62,14 @@ INSPECTED_DTYPES = ("fp16",)
 class Job:
     """What to do. `batch` is that of the checks; inspection and timing use the batch a GPU is for.
 
-    On a GPU `suites`, `dtypes` and `providers` (all for none) are measured, for `minutes` in all. `resume` goes on from
-    the record that is there, `overwrite` begins anew; with neither, a record that holds timings is not touched.
+    `suites` other than AlexNet are inspected in place of `inspected`. On a GPU `suites`, `dtypes` and `providers` (all
+    for none) are measured, for `minutes` in all. `resume` goes on from the record that is there, `overwrite` begins
+    anew; with neither, a record that holds timings is not touched.
     """
 
     batch: int = 2
     jobs: int = 2
-    suites: Sequence[str] = ("alexnet",)
+    suites: Sequence[str] = SUITES
     dtypes: Sequence[str] = MEASURED
     providers: Sequence[str] = ()
     minutes: float = 10.0
@@ -77,7 +84,7 @@ class Job:
         """The command's options, those that say only how long and where aside."""
         found = ["--batch", str(self.batch), "--jobs", str(self.jobs)]
         for name, values, usual in (
-            ("suite", self.suites, ("alexnet",)), ("dtype", self.dtypes, MEASURED), ("provider", self.providers, ()),
+            ("suite", self.suites, SUITES), ("dtype", self.dtypes, MEASURED), ("provider", self.providers, ()),
         ):  # fmt: skip
             if tuple(values) != usual:
                 found += [part for value in values for part in (f"--{name}", value)]
@@ -87,6 +94,12 @@ class Job:
         """The command that runs this job; it names no path, because a record holds none."""
         timed = ["--minutes", f"{self.minutes:g}"] if device.kind == "cuda" else []
         return " ".join(["tileconv bench", *self.options(), *timed])
+
+    def to_inspect(self) -> Sequence[Inspected]:
+        """What is compiled and read: the suites that were asked for, or what every run shows."""
+        if tuple(self.suites) == SUITES:
+            return self.inspected
+        return [Inspected(suite, None, "sm_90", PASSES) for suite in self.suites]
 
     def measured(self) -> list[Case]:
         """The cases to time, each suite at its own batch. Raises ValueError for an unknown suite or dtype."""
@@ -212,10 +225,10 @@ def _finish(
     """Inspect, count what backward keeps, write and render."""
     rows = [
         row
-        for step in job.inspected
+        for step in job.to_inspect()
         for row in inspect_all(
             cases(step.suite, step.batch, INSPECTED_DTYPES, step.passes), [step.arch], jobs=job.jobs,
-            progress=progress(f"Compiling and reading {step.suite} at batch {step.batch} for {step.arch}"),
+            progress=progress(step.title),
         )
     ]  # fmt: skip
     record = replace(record, inspections=_rows(Inspection, rows), saved=_rows(Saved, alexnet_saved()))

@@ -933,6 +933,18 @@ def test_every_run_inspects_what_its_pictures_are_drawn_from():
     assert all(job.cases(s.suite, s.batch, job.INSPECTED_DTYPES, s.passes) for s in job.INSPECTED)
 
 
+def test_suites_that_are_asked_for_are_inspected_without_a_gpu_too(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(job, "checks", lambda *a, **k: [records.to_data(A_CHECK)])
+    monkeypatch.setattr(job, "inspect_all", lambda cases, archs, **k: read.extend(c.network for c in cases) or [])
+    monkeypatch.setattr(job, "alexnet_saved", lambda: [])
+    monkeypatch.setattr(report, "render", lambda draw, size: (b"<svg/>", b"<svg/>", b"\x89PNG"))
+    result = CliRunner().invoke(app, ["bench", "--out", str(tmp_path), "--suite", "grouped", "--suite", "pools"])
+    assert result.exit_code == 0, result.output
+    assert set(read) == {"grouped", "pools"}
+    assert "--suite grouped --suite pools" in records.load(tmp_path / "data" / "interpreter.json").command
+
+
 def test_suites_are_timed_at_their_own_batch_and_in_their_own_order():
     found = job.Job(suites=("latency", "dilated"), dtypes=("fp16",)).measured()
     assert {case.network: case.batch for case in found} == {"latency": 1, "dilated": 16}
