@@ -11,6 +11,7 @@ from functools import cache, partial
 from typing import Any
 
 from .cases import DTYPES, EPS
+from .images import images
 from .networks import known
 from .records import finite
 from .workers import Progress, Task, run_tasks, serve
@@ -39,10 +40,9 @@ def _network(batch: int, device: str) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from tileconv.model.alexnet import alexnet, layers
-    from tileconv.model.data import photographs
 
     model = alexnet(seed=0).eval().to(device)
-    x = photographs(batch).to(device).double()
+    x = images(batch)[0].to(device).double()
     inputs = {NETWORK: x}
     with torch.no_grad():
         for layer in layers(model):
@@ -116,6 +116,8 @@ def run_check(task: Task, device: str = "cpu") -> dict[str, Any]:
     from tileconv.kernels import tiles
     from tileconv.model.alexnet import layers, reference_forward
 
+    from .providers import precision
+
     run: Any
     plain: Any
     batch, dtype, name = task["batch"], known("dtype", task["dtype"], DTYPES), task["layer"]
@@ -125,7 +127,7 @@ def run_check(task: Task, device: str = "cpu") -> dict[str, Any]:
     if x.dim() == 4:
         x = x.contiguous(memory_format=getattr(torch, _torch_format(task["memory_format"])))
     forced = task["formulation"] != CHOSEN
-    with torch.no_grad():
+    with torch.no_grad(), precision(dtype):  # on a GPU PyTorch would compute fp32 convolutions in TF32
         if name == NETWORK:
             op, run, plain = "forward", narrow, partial(reference_forward, narrow)
             reference = reference_forward(wide, x.double())
@@ -147,7 +149,7 @@ def run_check(task: Task, device: str = "cpu") -> dict[str, Any]:
         "allowed": finite(allowed),
         "passed": bool(error <= allowed) and right_type,
         "seconds": round(seconds, 3),
-        "note": "" if right_type else f"output is {ours.dtype} {tuple(ours.shape)}",
+        "note": images(1)[1] if right_type else f"output is {ours.dtype} {tuple(ours.shape)}",
     }
 
 
@@ -173,7 +175,7 @@ def checks(
     """Check rows (JSON of records.Check) for AlexNet on `batch` photographs.
 
     `progress(done, total, label)` is called after each. A check that raises gives a row that did not pass, with the
-    error as its note. With a GPU one worker uses it; without, `jobs` workers interpret.
+    error as its note. With a GPU at most four workers share it; without, `jobs` workers interpret.
     """
     return answered(
         "tileconv.bench.check",
@@ -202,7 +204,7 @@ def answered(
     threads = str(max(1, len(os.sched_getaffinity(0)) // max(1, jobs)))
     environment = {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
     answers = run_tasks(
-        module, todo, jobs=1 if gpu else jobs, environment=environment, label=label, progress=progress
+        module, todo, jobs=min(jobs, 4) if gpu else jobs, environment=environment, label=label, progress=progress
     )  # fmt: skip
     lost = {"error": None, "torch_error": None, "allowed": None, "passed": False, "seconds": 0.0}
     return [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,6 +22,9 @@ from tileconv.model.train import train
 from .records import Record
 from .workers import Progress as Callback
 
+if TYPE_CHECKING:
+    from .job import Job
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Convolution kernels: check, inspect, measure, train."
 )
@@ -27,6 +33,9 @@ TITLES = {
     "inspect": "Compiling and reading",
     "measure": "Measuring",
     "peers": "Compiling peers",
+    "selftest": "Testing every tile",
+    "warm": "Compiling on all cores",
+    "gauge": "Clocks",
 }
 
 
@@ -78,31 +87,111 @@ def _say(console: Console, text: str) -> None:
 
 @app.command()
 def bench(
-    suite: Annotated[
-        str, typer.Option(help="alexnet: its layers one by one. networks: AlexNet, LeNet, VGG-16 and GoogLeNet whole.")
-    ] = "alexnet",
     batch: Annotated[int, typer.Option(help="Photographs in the checks; at least 2.")] = 2,
     out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("reports"),
-    jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 2,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes; default: one a core, at most 8.", min=1)] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Whose layers to inspect, and on a GPU to time; may be given again.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="On a GPU: fp16, bf16, tf32, fp32 or fp64; may be given again.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="On a GPU: who is timed, such as cudnn-benchmark; may be given again.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="On a GPU: for the whole run; the most telling cases first.")] = 10.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the timings that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where there are timings.")] = False,
 ) -> None:
-    """Check networks on real pictures, inspect AlexNet's kernels, on a CUDA GPU also time, and write the report."""
-    from .job import Job, failures, run_job
+    """Check AlexNet on photographs, on a CUDA GPU time its layers, inspect its kernels, and write the report.
+
+    Ctrl-C keeps what is measured, and --resume goes on from there. Exit status: 1 for a wrong result, 2 for a mistake
+    in the arguments, 130 after Ctrl-C.
+    """
+    from .job import MEASURED, SUITES, Interrupted, Job, failures, run_job
+    from .measure import LostDevice
     from .report import headline
 
     console = Console()
+    job = Job(
+        batch=batch, jobs=jobs or default_jobs(), suites=suite or SUITES, dtypes=dtype or MEASURED,
+        providers=provider or (), minutes=minutes, resume=resume, overwrite=overwrite,
+    )  # fmt: skip
+    interrupted = False
     try:
         with steps(console) as progress:
-            record, paths = run_job(Job(batch=batch, jobs=jobs, suite=suite), out, progress)
+            record, paths = run_job(job, out, progress)
+    except Interrupted as stop:
+        record, paths, interrupted = stop.record, stop.paths, True
+    except LostDevice as error:
+        _begin_again(job, out, error)
+    except KeyboardInterrupt:
+        typer.echo("tileconv: interrupted before anything was measured; nothing was written", err=True)
+        raise typer.Exit(130) from None
     except (ValueError, ImportError) as error:
         _fail(error)
     _say(console, f"\nReport: {paths[0]} (also {paths[1].name}; data: {paths[-1]})")
     for line in headline(record):
         _say(console, line)
+    if interrupted:
+        typer.echo("tileconv: interrupted; what was measured is in the report, and --resume goes on from it", err=True)
+        raise typer.Exit(130)
     if wrong := failures(record):
         for line in wrong[:10]:
             typer.echo(f"failed: {line}", err=True)
         if len(wrong) > 10:
             typer.echo(f"failed: and {len(wrong) - 10} more, in the report", err=True)
+        raise typer.Exit(1)
+
+
+def default_jobs() -> int:
+    """One worker for each core that this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def _begin_again(job: Job, out: Path, error: Exception) -> NoReturn:
+    """After a kernel broke this process's hold of the GPU: a fresh process goes on behind the row that did it."""
+    left = job.minutes - (time.monotonic() - job.clock) / 60
+    typer.echo(f"tileconv: the GPU was lost to this process ({error}); going on in a fresh one", err=True)
+    arguments = ["bench", *job.options(), "--minutes", f"{max(left, 0.5):.2f}", "--out", str(out), "--resume"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "tileconv.bench", *arguments])
+
+
+@app.command()
+def selftest(
+    minutes: Annotated[float, typer.Option(help="Time budget; the tiles in use come first.")] = 5.0,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes; default: one a core, at most 8.", min=1)] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp16, bf16, tf32, fp32 or fp64; may be given again. Default: all.")
+    ] = None,
+    sanitize: Annotated[
+        bool, typer.Option("--sanitize", help="Under compute-sanitizer's memcheck and racecheck, where it is there.")
+    ] = False,
+) -> None:
+    """Run every kernel, tile and dtype on this GPU against float64; what fails is left out of later choices.
+
+    The list of what fails is excluded.json in the user's cache folder; TILECONV_EXCLUDE names another file. Without a
+    GPU a few cases run in the interpreter. Exit status: 1 where something failed, 3 without compute-sanitizer.
+    """
+    from .selftest import run_selftest, sanitized, summary
+
+    console = Console()
+    try:
+        if sanitize:
+            raise typer.Exit(sanitized(minutes, dtype or ()))
+        with steps(Console(stderr=True)) as progress:
+            found = run_selftest(minutes=minutes, jobs=jobs or default_jobs(), dtypes=dtype or (),
+                                 progress=progress("selftest"))  # fmt: skip
+    except FileNotFoundError as error:
+        typer.echo(f"tileconv: {error}", err=True)
+        raise typer.Exit(3) from None
+    except (ValueError, ImportError, OSError) as error:
+        _fail(error)
+    for line in summary(found):
+        _say(console, line)
+    if found.failed:
         raise typer.Exit(1)
 
 
@@ -339,13 +428,18 @@ def env() -> None:
 
     try:
         device, versions, machine = environment.device(), environment.versions(), environment.machine()
-    except ImportError as error:
+        from tileconv.kernels import excluded
+
+        left_out = len(excluded.listed(device.name))
+    except (ImportError, ValueError) as error:
         _fail(error)
     console = Console()
     _say(console, f"device: {device.name} ({device.kind})")
     _say(console, f"machine: {machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB")
     for name, version in vars(versions).items():
         _say(console, f"{name}: {version or '-'}")
+    if device.kind == "cuda":
+        _say(console, f"excluded tiles: {left_out} ({excluded.path() or 'no file'})")
 
 
 app.command()(train)

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import tomllib
 from pathlib import Path
 
 from .records import Commit, Device, Machine, Versions, slug
@@ -40,11 +41,20 @@ def versions() -> Versions:
         torch=str(torch.__version__),
         triton=triton.__version__,
         numpy=numpy.__version__,
-        tileconv=importlib.metadata.version("tileconv"),
+        tileconv=own_version(),
         cuda=torch.version.cuda,
         cudnn=None if cudnn is None else str(cudnn),
         driver=_driver() if torch.cuda.is_available() else None,
     )
+
+
+def own_version() -> str:
+    """This package's version: as installed, or as a checkout that is only on the path says."""
+    try:
+        return importlib.metadata.version("tileconv")
+    except importlib.metadata.PackageNotFoundError:
+        project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        return str(tomllib.loads(project.read_text())["project"]["version"]) if project.exists() else "unknown"
 
 
 def machine() -> Machine:

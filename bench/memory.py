@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .images import images
+
 
 def saved_bytes(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, parameters: list[torch.Tensor]) -> int:
     """Bytes that autograd keeps after `run(x)`: each storage once, parameters left out, since they are kept anyway."""
@@ -34,11 +36,10 @@ def alexnet_saved(batch: int = 1) -> list[dict[str, Any]]:
     """
     from tileconv.kernels import conv2d_max_pool2d, hardware
     from tileconv.model.alexnet import alexnet, layers, reference_forward
-    from tileconv.model.data import photographs
 
     device = "cpu" if hardware.interpreting() else "cuda"
     model = alexnet(seed=0).to(device).train()
-    x = pictures = photographs(batch).to(device)
+    x = pictures = images(batch)[0].to(device)
     rows = []
 
     def count(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> int:

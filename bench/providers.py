@@ -1,186 +1,220 @@
-"""Who computes a case: our kernels, and PyTorch's (cuDNN) at the same precision. Correctness comes before speed."""
+"""Who computes a case: our kernels in each formulation, cuDNN as PyTorch can be told to call it, and others."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
-from .cases import DTYPES, Case, flops_of, shape_of
-from .check import budget, largest_difference
+from .cases import DTYPES, Case, conv_problem, shape_of
 from .networks import Shape, known
-from .records import Timing, finite
-from .timing import Quantiles, Timer
-from .workers import Progress, describe_error
+from .passes import Call, Side, Tensors, forward, im2col, work
 
-Tensors = dict[str, Any]
-L2: tuple[Literal["cold"], Literal["warm"]] = ("cold", "warm")
+CONVOLUTIONS = ("conv2d", "conv1d", "conv_transpose2d", "conv2d_im2col")
+PRODUCTS = (*CONVOLUTIONS, "linear", "locally_connected2d")
+FORWARD = ("fprop", "forward")
+Applies = Callable[[Case, Shape], bool]
+Around = Callable[[Case], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to compute a case: `run(shape, tensors)` on tensors in `memory_format`."""
+    """A way to compute a case: `make(case, shape, tensors)` returns the call, made and run inside `around(case)`.
+
+    `turn` says when a run with a time budget comes to it: 0 for what every case needs, 2 for detail. `alone`: its
+    result for one image is compared as well. `explicit`: only where it is asked for by name.
+    """
 
     name: str
     memory_format: Literal["contiguous", "channels_last"]
-    run: Callable[[Shape, Tensors], torch.Tensor]
+    make: Callable[[Case, Shape, Tensors], Call]
+    around: Around
+    applies: Applies
+    turn: int = 0
+    alone: bool = False
+    explicit: bool = False
 
+    @property
+    def ours(self) -> bool:
+        return self.name.split(":")[0] == "tileconv"
 
-def _ours(shape: Shape, t: Tensors) -> torch.Tensor:
-    """One call of our functional API, bias and ReLU fused."""
-    from tileconv.kernels import functional
-
-    return _call(functional, shape, t, fused=True)
-
-
-def _torch(shape: Shape, t: Tensors) -> torch.Tensor:
-    """PyTorch's own call and, where the layer has one, a ReLU in place behind it."""
-    return _call(F, shape, t, fused=False)
-
-
-def _call(api: Any, shape: Shape, t: Tensors, *, fused: bool) -> torch.Tensor:
-    m: Any = shape.module
-    extra = {"activation": shape.activation} if fused and shape.op in ("conv2d", "linear") else {}
-    if shape.op == "conv2d":
-        y = api.conv2d(t["x"], t["w"], t["b"], m.stride, m.padding, m.dilation, m.groups, **extra)
-    elif shape.op == "linear":
-        y = api.linear(t["x"], t["w"], t["b"], **extra)
-    elif shape.op == "max_pool2d":
-        y = api.max_pool2d(t["x"], m.kernel_size, m.stride, m.padding)
-    else:
-        y = api.adaptive_avg_pool2d(t["x"], m.output_size)
-    result: torch.Tensor = y.relu_() if shape.activation == "relu" and not fused else y
-    return result
-
-
-PROVIDERS = (
-    Provider("tileconv", "channels_last", _ours),
-    Provider("torch", "channels_last", _torch),
-    Provider("torch", "contiguous", _torch),
-)
-
-
-def operands(case: Case, memory_format: str, device: str) -> Tensors:
-    """Random tensors of a case, the same for every provider: normal, weights scaled so that outputs stay near one."""
-    shape = shape_of(case)
-    generator = torch.Generator().manual_seed(0)
-    dtype = DTYPES[case.dtype]
-    m: Any = shape.module
-
-    def place(t: torch.Tensor) -> torch.Tensor:
-        t = t.to(device=device, dtype=dtype)
-        if t.dim() == 4 and memory_format == "channels_last":
-            t = t.contiguous(memory_format=torch.channels_last)
-        return t
-
-    found: Tensors = {"x": place(torch.randn(shape.input, generator=generator))}
-    if shape.op in ("conv2d", "linear"):
-        w = torch.randn(m.weight.shape, generator=generator)
-        found["w"] = place(w / w[0].numel() ** 0.5)
-        found["b"] = place(torch.randn(m.bias.shape, generator=generator))
-    return found
+    @property
+    def layout(self) -> str:
+        """calls.placed's name for where its operands lie."""
+        return "native" if self.ours else self.memory_format
 
 
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """TF32 for `tf32`, strict fp32 for the rest, and cuDNN's search on: for every provider alike."""
+    """TF32 for `tf32`, strict fp32 for the rest."""
     # Not allow_tf32: reading that older switch raises once anyone has set the newer one.
     backends: Any = torch.backends
     levels = (backends.cudnn.conv, backends.cuda.matmul)
-    before, searched = [level.fp32_precision for level in levels], backends.cudnn.benchmark
+    before = [level.fp32_precision for level in levels]
     for level in levels:
         level.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    backends.cudnn.benchmark = True
     try:
         yield
     finally:
         for level, value in zip(levels, before, strict=True):
             level.fp32_precision = value
-        backends.cudnn.benchmark = searched
 
 
-def time_case(
-    case: Case, timer: Timer, device: str = "cuda", providers: Sequence[Provider] = PROVIDERS
-) -> list[Timing]:
-    """Rows for one case: every provider, checked against float64, then timed with a cold and a warm L2 cache.
+def cudnn(*, benchmark: bool, deterministic: bool = False) -> Around:
+    """cuDNN's own switches, at the precision of the case."""
 
-    A provider that is wrong, raises or runs out of memory gets rows without a speed and a note that says why.
-    """
-    shape = shape_of(case)
-    rows: list[Timing] = []
-    with precision(case.dtype), torch.no_grad():
+    @contextlib.contextmanager
+    def around(case: Case) -> Iterator[None]:
+        switches = torch.backends.cudnn
+        before = switches.benchmark, switches.deterministic
+        switches.benchmark, switches.deterministic = benchmark, deterministic
         try:
-            reference, allowed = _reference(case, shape, device)
-        except Exception as error:
-            return [row for p in providers for row in _untimed(_blank(case, p), f"no reference: {_reason(error)}")]
-        for provider in providers:
-            rows.extend(_time_provider(case, shape, provider, reference, allowed, timer, device))
-    return rows
+            with precision(case.dtype):
+                yield
+        finally:
+            switches.benchmark, switches.deterministic = before
+
+    return around
 
 
-def _reference(case: Case, shape: Shape, device: str) -> tuple[torch.Tensor, float]:
-    """The float64 result on the same rounded operands, and the error that torch's layouts, the worse of them, allow."""
-    layouts = {p.memory_format for p in PROVIDERS}
-    tensors = operands(case, "contiguous", device)
-    reference = _torch(shape, {key: t.double() for key, t in tensors.items()})
-    largest = float(reference.abs().max()) if reference.numel() else 0.0
-    errors = [largest_difference(_torch(shape, operands(case, layout, device)), reference) for layout in layouts]
-    return reference, budget(max(errors), case.dtype, largest)
+def _untouched(case: Case) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
-def _blank(case: Case, provider: Provider) -> Timing:
-    return Timing(
-        network=case.network, layer=case.layer, pass_=case.pass_, batch=case.batch, dtype=case.dtype,
-        provider=provider.name, memory_format=provider.memory_format, l2="cold",
-        p20_us=None, p50_us=None, p80_us=None, n=0, tflops=None, error=None, allowed=None, passed=False,
-    )  # fmt: skip
+def _forced(formulation: str) -> Around:
+    @contextlib.contextmanager
+    def around(case: Case) -> Iterator[None]:
+        from tileconv.kernels import tiles
+
+        with precision(case.dtype), tiles.override(formulation=formulation):
+            yield
+
+    return around
 
 
-def _reason(error: Exception) -> str:
-    return "out of GPU memory" if isinstance(error, torch.cuda.OutOfMemoryError) else describe_error(error)
+def formulations(case: Case, shape: Shape) -> tuple[str, ...]:
+    """The formulations that can run a pass of a convolution, on the GPU that is there."""
+    from tileconv.kernels import hardware, tiles
+
+    if shape.op != "conv2d" or case.pass_ not in ("fprop", "dgrad", "wgrad"):
+        return ()
+    problem, dtype = conv_problem(shape), DTYPES[case.dtype]
+    gpu = hardware.gpu_of(torch.device("cuda"))
+    inner = [part.problem for part in problem.dgrad] if case.pass_ == "dgrad" else [problem]
+    able = [tiles.formulations(p, case.pass_, dtype, gpu) for p in inner]
+    return tuple(name for name in tiles.FORMULATIONS if all(name in names for names in able))
 
 
-def _untimed(blank: Timing, note: str) -> list[Timing]:
-    return [dataclasses.replace(blank, l2=l2, note=f"not timed: {note}") for l2 in L2]
+def _side(side: Side) -> Callable[[Case, Shape, Tensors], Call]:
+    return lambda case, shape, t: work(side, case, shape, t)
 
 
-def _time_provider(
-    case: Case, shape: Shape, provider: Provider, reference: torch.Tensor, allowed: float, timer: Timer, device: str
-) -> list[Timing]:
-    """The correctness gate, then both cache states."""
-    blank = dataclasses.replace(_blank(case, provider), allowed=finite(allowed))
-    flops = flops_of(case)
-    rows = []
-    try:
-        tensors = operands(case, provider.memory_format, device)
-        error = largest_difference(provider.run(shape, tensors), reference)
-        blank = dataclasses.replace(blank, error=finite(error))
-        if not error <= allowed:
-            return _untimed(blank, "the result is outside its budget")
-        for l2 in L2:
-            q = Quantiles.of(timer(lambda: provider.run(shape, tensors), cold=l2 == "cold"))
-            speed = None if flops is None else flops / q.p50 / 1e6
-            times = {"p20_us": q.p20, "p50_us": q.p50, "p80_us": q.p80, "tflops": speed}
-            rows.append(dataclasses.replace(blank, l2=l2, n=q.n, passed=True, **times))  # type: ignore[arg-type]
-    except Exception as problem:  # one provider's failure must not cost the rest of the run
-        return _untimed(blank, _reason(problem))
-    return rows
+def _compiled(case: Case, shape: Shape, t: Tensors) -> Call:
+    run = _compiled_forward(case)
+    return lambda: run(t)
 
 
-def timings(
-    cases: Sequence[Case], timer: Timer, *, device: str = "cuda", progress: Progress | None = None
-) -> list[Timing]:
-    """Timing rows for all cases, in order; `progress(done, total, label)` is called after each case."""
-    for case in cases:
-        known("dtype", case.dtype, DTYPES)
-    rows: list[Timing] = []
-    for done, case in enumerate(cases, start=1):
-        rows.extend(time_case(case, timer, device))
-        if progress is not None:
-            progress(done, len(cases), f"{case.layer} {case.dtype}")
-    return rows
+@lru_cache(maxsize=1)
+def _compiled_forward(case: Case) -> Any:
+    """Inductor's forward pass of a case, compiled once for all of its buffers."""
+    # Dynamo counts recompilations by source line, and this line is every case's.
+    torch.compiler.reset()
+    shape = shape_of(case)
+    return torch.compile(lambda t: forward("torch", shape, t), dynamic=False)
+
+
+@contextlib.contextmanager
+def _gems(case: Case) -> Iterator[None]:
+    gems: Any = importlib.import_module("flag_gems")
+    with precision(case.dtype), gems.use_gems():
+        yield
+
+
+def has_gems() -> bool:
+    """Whether FlagGems is installed."""
+    return importlib.util.find_spec("flag_gems") is not None
+
+
+def _is_conv(case: Case, shape: Shape) -> bool:
+    return shape.op in CONVOLUTIONS and case.pass_ in ("fprop", "dgrad", "wgrad")
+
+
+def _is_other(case: Case, shape: Shape) -> bool:
+    return not _is_conv(case, shape)
+
+
+def _has_default(case: Case, shape: Shape) -> bool:
+    """PyTorch's settings say something else for four-byte products only."""
+    return shape.op in PRODUCTS and case.pass_ in ("fprop", "dgrad", "wgrad") and DTYPES[case.dtype] == torch.float32
+
+
+def _runs_as(formulation: str) -> Applies:
+    return lambda case, shape: formulation in formulations(case, shape)
+
+
+def _is_forward(case: Case, shape: Shape) -> bool:
+    return case.pass_ in FORWARD and shape.op != "network"
+
+
+def _both(name: str, around: Around, applies: Applies, turn: int, **more: Any) -> list[Provider]:
+    formats: tuple[Literal["channels_last", "contiguous"], ...] = ("channels_last", "contiguous")
+    return [Provider(name, layout, _side("torch"), around, applies, turn, **more) for layout in formats]
+
+
+SEARCHED = cudnn(benchmark=True)
+PROVIDERS = (
+    Provider("tileconv", "channels_last", _side("ours"), SEARCHED, lambda case, shape: True, alone=True),
+    *_both("cudnn-benchmark", SEARCHED, _is_conv, 0, alone=True),
+    *_both("torch", SEARCHED, _is_other, 0, alone=True),
+    *_both("cudnn-heuristic", cudnn(benchmark=False), _is_conv, 1),
+    *_both("cudnn-deterministic", cudnn(benchmark=True, deterministic=True), _is_conv, 1),
+    *_both("torch-default", _untouched, _has_default, 1),
+    *(
+        Provider(f"tileconv:{name}", "channels_last", _side("ours"), _forced(name), _runs_as(name), 2)
+        for name in ("pixel", "box", "gather")
+    ),
+    Provider("im2col", "contiguous", im2col, SEARCHED, lambda case, shape: shape.op == "conv2d"
+             and case.pass_ == "fprop", 2),
+    Provider("torch-compile", "channels_last", _compiled, SEARCHED, _is_forward, 2),
+    *_both("flaggems", _gems, _is_forward, 2, explicit=True),
+)  # fmt: skip
+
+
+def chosen(names: Sequence[str] = ()) -> list[Provider]:
+    """The providers of these names; all but the explicit ones for no names.
+
+    Raises ValueError with the nearest names for an unknown one, and for FlagGems where it is not installed.
+    """
+    every = list(dict.fromkeys(p.name for p in PROVIDERS))
+    for name in names:
+        known("provider", name, every)
+    if "flaggems" in names and not has_gems():
+        raise ValueError("provider='flaggems' is not installed: pip install flag_gems, or leave it out")
+    return [p for p in PROVIDERS if (p.name in names if names else not p.explicit)]
+
+
+def level_of(provider: Provider, case: Case) -> str:
+    """The precision that products run at, as a key of cases.EPS: the case's, but for PyTorch's own default."""
+    if provider.name != "torch-default":
+        return case.dtype
+    from tileconv.kernels.functional.common import fp32_precision
+
+    operation = "matmul" if case.pass_ in ("fprop", "dgrad", "wgrad") and _linear(case) else "conv"
+    probe = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    return "tf32" if fp32_precision(None, probe, operation) == "tf32" else "fp32"
+
+
+def _linear(case: Case) -> bool:
+    return shape_of(case).op in ("linear", "locally_connected2d")
+
+
+def label_of(level: str) -> str:
+    """How a row names its precision: strict fp32 and fp64 are "ieee"."""
+    return "ieee" if level in ("fp32", "fp64") else level

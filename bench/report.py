@@ -9,6 +9,7 @@ from pathlib import Path
 from .document import Block, Facts, Figure, Heading, Paragraph, Table, Word, listed, to_html, to_markdown
 from .figures import Draw, draw_errors, render
 from .im2col import im2col_section
+from .images import NOISE
 from .pictures import speed_pictures
 from .records import Check, Record, Saved, replace_bytes, replace_text
 from .report_inspected import inspect_section, peer_section
@@ -93,15 +94,17 @@ def _check_section(checks: Sequence[Check]) -> list[Block]:
          _share(c), _verdict(c.passed), f"{c.seconds:.2f}", c.note)
         for c in [*failures, *(c for c in checks if c.passed)]
     )  # fmt: skip
+    noise = any(c.note == NOISE for c in checks)
+    seen = "pictures of smooth noise (scikit-image was not installed)" if noise else "real photographs"
     rule = (
         "Allowed is 2 x (error of PyTorch in the same dtype on the same input + eps x the largest value); an error"
-        " is the largest difference from float64. Inputs are the activations that real photographs bring to each "
+        f" is the largest difference from float64. Inputs are the activations that {seen} bring to each "
         "layer. The formulation is what the library chose, or one that was forced. Seconds are wall time of the "
         "check, not a speed."
     )
     if network:
         shares = listed(f"{_share(c)} in {c.dtype}" for c in network)
-        rule += f" AlexNet's forward pass on {network[0].shape[0]} photographs uses {shares} of the allowed error."
+        rule += f" AlexNet's forward pass on {network[0].shape[0]} pictures uses {shares} of the allowed error."
     return [Paragraph(rule), worst, Table(header, every, f"Every comparison ({len(every)})")]
 
 

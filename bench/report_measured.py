@@ -17,11 +17,18 @@ HOW = (
     "budget have no speed. Rows that the driver throttled are marked, and left out of geometric means."
 )
 
+NO_CLOCKS = (
+    "Clocks, temperatures and throttling are not known: nvidia-ml-py was not installed, or could not read this GPU. No "
+    "row could be marked."
+)
+
 
 def measured_section(timings: Sequence[Timing]) -> list[Block]:
     """Means by network, pass and dtype, then every case with the losses first, then every row."""
     compared = comparisons(timings)
     blocks: list[Block] = [Heading("Measured"), Paragraph(HOW)]
+    if not any(t.clocks_mhz for t in timings):
+        blocks.append(Paragraph(NO_CLOCKS))
     if len(compared):
         blocks += [_means_table(compared), _comparison_table(compared)]
     return [*blocks, _every_row(timings)]

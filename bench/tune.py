@@ -168,7 +168,7 @@ def tune_unit(unit: Unit, timer: Timer, gpu: hardware.GPU, device: str = "cuda",
                 error = largest_difference(operands.written(operands.out), operands.exact)
                 if not error <= operands.allowed:
                     raise ValueError(f"error {error:.3g} is over the allowed {operands.allowed:.3g}")
-                times[tile] = Quantiles.of(timer(_replayed(launches, device), cold=True))
+                times[tile] = Quantiles.of(timer([_replayed(launches, device)], cold=True))
             except Exception as problem:  # one tile that does not run must not cost the others
                 refused.append(f"{tile}: {describe_error(problem)}")
     model = candidates[0]

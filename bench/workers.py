@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -33,7 +34,10 @@ def _without_paths(text: str) -> str:
 
 
 def serve(handle: Callable[[Task], Answer]) -> None:
-    """The worker's side: answer every line of stdin until it closes. What `handle` prints goes to stderr."""
+    """The worker's side: answer every line of stdin until it closes. What `handle` prints goes to stderr.
+
+    An answer that holds "last" ends the worker: it has found that it can do no more.
+    """
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         for line in sys.stdin:
@@ -45,6 +49,8 @@ def serve(handle: Callable[[Task], Answer]) -> None:
                 answer = {"error": describe_error(error)}
             out.write(json.dumps(answer) + "\n")
             out.flush()
+            if "last" in answer:
+                return
 
 
 class _Worker:
@@ -61,18 +67,38 @@ class _Worker:
             env=os.environ | environment,
         )
 
-    def ask(self, task: Task) -> Answer:
-        """Send one task and wait for its answer; a worker that died answers with how it died."""
+    def ask(self, task: Task, seconds: float | None = None) -> Answer:
+        """Send one task and wait for its answer; a worker that died answers with how it died.
+
+        One that has no answer after `seconds` is killed: a kernel that hangs must not hold everything else.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self.process.kill()
+
+        alarm = threading.Timer(seconds, give_up) if seconds is not None else None
         line = ""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(task) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
+        if alarm is not None:
+            alarm.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.write(json.dumps(task) + "\n")
+                self.process.stdin.flush()
+                line = self.process.stdout.readline()
+        finally:
+            if alarm is not None:
+                alarm.cancel()
         if line:
             answer: Answer = json.loads(line)
+            if "last" in answer:
+                self.process.wait()
             return answer
         status = self.process.wait()
+        if late.is_set():
+            return {"error": f"no answer within {seconds:g} s"}
         self.errors.seek(0)
         tail = " ".join(self.errors.read().strip().splitlines()[-2:])
         return {"error": _without_paths(f"worker ended with status {status}: {tail}")[:500]}
@@ -101,10 +127,13 @@ def run_tasks(
     environment: dict[str, str],
     label: Callable[[Task], str],
     progress: Progress | None = None,
+    seconds_each: float | None = None,
+    deadline: float | None = None,
 ) -> list[Answer]:
     """Answers to `tasks`, in their order, from `jobs` workers of `python -m module --worker`.
 
-    A task that fails, or takes its worker down, is answered {"error": text}; the others go on in a fresh worker.
+    A task that fails, takes its worker down or needs more than `seconds_each` is answered {"error": text}; the others
+    go on in a fresh worker. Past `deadline` (time.monotonic) no task is begun: those that are left answer {"late": ""}.
     """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(tasks)):
@@ -123,11 +152,14 @@ def run_tasks(
                 index = waiting.get_nowait()
             except queue.Empty:
                 break
+            if deadline is not None and time.monotonic() > deadline:
+                answers[index] = {"late": ""}
+                continue
             if worker is None or not worker.alive:
                 worker = _Worker(module, environment)
                 with lock:
                     workers.add(worker)
-            answer = worker.ask(tasks[index])
+            answer = worker.ask(tasks[index], seconds_each)
             with lock:
                 answers[index] = answer
                 done += 1

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from tileconv.kernels import cost
+from tileconv.kernels import cost, excluded
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU, triton_version
 
@@ -328,7 +328,14 @@ def _time(
 
 
 def candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> list[ConvTile]:
-    """The tiles that a chooser weighs: those that compile to clean loops, see tests/test_inspect.py."""
+    """The tiles that a chooser weighs: the clean ones that no self-test on this GPU excluded."""
+    return excluded.without(clean_candidates(problem, pass_, dtype, precision, gpu), gpu.name, pass_)
+
+
+def clean_candidates(
+    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU
+) -> list[ConvTile]:  # fmt: skip
+    """The tiles that compile to clean loops, see tests/test_inspect.py."""
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         return _scalar_candidates(problem, pass_, dtype, gpu)
     if not gpu.has_descriptors or not addressable(problem, pass_, dtype):

@@ -11,11 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tileconv.bench import check, environment, job, providers, records, report, targets
-from tileconv.bench.cases import Case
+from tileconv.bench import check, environment, job, records, report, targets
 from tileconv.bench.cli import app
 from tileconv.bench.records import Check, Commit, Device, Inspection, Machine, Record, RecordError, Timing, Versions
-from tileconv.bench.timing import Quantiles
 
 
 def a_check(layer="conv2", dtype="fp16", error=1e-3, allowed=4e-3, **changes):
@@ -189,132 +187,6 @@ def test_a_layer_on_photographs_is_within_budget():
     assert row["shape"] == [2, 256, 13, 13]
     assert row["op"] == "conv2d"
     assert 0 < row["error"] <= row["allowed"]
-
-
-# Timing, with the GPU stubbed
-
-
-CASE = Case("alexnet", "pool5", "forward", 2, "fp32")
-
-
-class StubTimer:
-    """Calls once and says 10, 20, ... microseconds; remembers in which cache state it was asked."""
-
-    def __init__(self):
-        self.states = []
-
-    def __call__(self, call, *, cold):
-        call()
-        self.states.append(cold)
-        return [10.0, 20.0, 30.0, 40.0, 50.0]
-
-
-def plain(name, change=lambda y: y):
-    return providers.Provider(name, "channels_last", lambda shape, t: change(providers._torch(shape, t)))
-
-
-def test_quantiles():
-    q = Quantiles.of([50.0, 10.0, 30.0, 20.0, 40.0])
-    assert (q.p20, q.p50, q.p80, q.n) == pytest.approx((18.0, 30.0, 42.0, 5))
-    with pytest.raises(ValueError, match="at least one"):
-        Quantiles.of([])
-    with pytest.raises(ValueError, match="positive"):
-        Quantiles.of([1.0, 0.0])
-
-
-def test_right_rows_are_timed_cold_and_warm():
-    timer = StubTimer()
-    rows = providers.time_case(CASE, timer, "cpu", [plain("tileconv"), plain("torch")])
-    assert timer.states == [True, False] * 2
-    assert [(r.provider, r.l2, r.p50_us, r.n) for r in rows][:2] == [
-        ("tileconv", "cold", 30.0, 5),
-        ("tileconv", "warm", 30.0, 5),
-    ]
-    assert all(r.passed and r.tflops is None for r in rows), "a pool has no FLOP/s"
-
-
-def test_speed_of_a_convolution():
-    case = dataclasses.replace(CASE, layer="conv5", pass_="fprop")
-    row = providers.time_case(case, StubTimer(), "cpu", [plain("torch")])[0]
-    assert row.tflops == pytest.approx(2 * 2 * 256 * 13 * 13 * 256 * 9 / 30e-6 / 1e12)
-
-
-@pytest.mark.parametrize(
-    "spoil", [lambda y: y + 1, lambda y: y * math.nan, lambda y: y[:1]], ids=["off by one", "nan", "wrong shape"]
-)
-def test_wrong_rows_are_not_timed(spoil):
-    timer = StubTimer()
-    rows = providers.time_case(CASE, timer, "cpu", [plain("tileconv", spoil)])
-    assert timer.states == []
-    assert [(r.passed, r.p50_us, r.n) for r in rows] == [(False, None, 0)] * 2
-    assert "outside its budget" in rows[0].note
-
-
-def test_out_of_memory_and_errors_leave_the_others():
-    def raises(error):
-        def run(shape, t):
-            raise error
-
-        return run
-
-    rows = providers.time_case(
-        CASE, StubTimer(), "cpu",
-        [
-            providers.Provider("tileconv", "channels_last", raises(torch.cuda.OutOfMemoryError("full"))),
-            providers.Provider("other", "contiguous", raises(RuntimeError("at /a/b/c.cu: broken"))),
-            plain("torch"),
-        ],
-    )  # fmt: skip
-    assert rows[0].note == "not timed: out of GPU memory"
-    assert rows[2].note == "not timed: RuntimeError: at c.cu: broken"
-    assert rows[4].passed
-
-
-def test_every_provider_takes_the_same_precision():
-    seen = []
-    spy = providers.Provider("spy", "contiguous", lambda shape, t: seen.append(flags()) or providers._torch(shape, t))
-
-    def flags():
-        backends = torch.backends
-        return backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision, backends.cudnn.benchmark
-
-    before = flags()
-    for dtype, expected in (("tf32", ("tf32", "tf32", True)), ("fp32", ("ieee", "ieee", True))):
-        seen.clear()
-        providers.time_case(dataclasses.replace(CASE, dtype=dtype), StubTimer(), "cpu", [spy])
-        assert set(seen) == {expected}
-    assert flags() == before
-
-
-def test_cuda_timer_counts_events_and_flushes(monkeypatch):
-    """The timer's own arithmetic, on fake events that say 2 ms for each recorded pair."""
-    from tileconv.bench.timing import CudaTimer
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            pass
-
-        def elapsed_time(self, other):
-            return 2.0
-
-    class Flush:
-        count = 0
-
-        def zero_(self):
-            Flush.count += 1
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    calls = []
-    timer = CudaTimer(warmup_ms=1.0, measure_ms=20.0, _flush=Flush())
-    cold = timer(lambda: calls.append(1), cold=True)
-    assert cold == [2000.0] * 10
-    assert Flush.count == 10
-    assert timer(lambda: None, cold=False) == [200.0] * 10
-    assert Flush.count == 10
 
 
 # Rendering
@@ -537,24 +409,6 @@ def test_inspect_writes_a_record_that_report_renders(no_pictures, tmp_path, monk
     again = CliRunner().invoke(app, ["report", str(file), "--out", str(tmp_path / "out")])
     assert again.exit_code == 0, again.output
     assert (tmp_path / "out" / "inspect-alexnet.md").read_text().startswith("# tileconv, inspected\n")
-
-
-def test_job_on_a_gpu_measures_as_well(no_pictures, tmp_path, monkeypatch):
-    """The whole job as a GPU machine runs it, the device and the timer stubbed."""
-    monkeypatch.setattr(environment, "device", lambda: Device("Some GPU", "cuda", "some-gpu"))
-    monkeypatch.setattr(job, "checks", lambda *a, **k: [records.to_data(a_check("network"))])
-    monkeypatch.setattr(job, "inspect_all", lambda *a, **k: [records.to_data(an_inspection())])
-    monkeypatch.setattr(job, "cases", lambda *a: [CASE])
-
-    def on_the_cpu(cases, timer, progress):
-        return [row for case in cases for row in providers.time_case(case, timer, "cpu", [plain("tileconv")])]
-
-    monkeypatch.setattr(providers, "timings", on_the_cpu)
-    record, _ = job.run_job(job.Job(), tmp_path, lambda step: lambda *a: None, StubTimer())
-    assert [t.l2 for t in record.timings] == ["cold", "warm"]
-    assert [row.layer for row in record.im2col] == ["conv1", "conv2", "conv3", "conv4", "conv5"]
-    text = (tmp_path / "some-gpu.md").read_text()
-    assert "Measured" in text and "## Beside im2col" in text
 
 
 def test_a_wrong_result_ends_with_an_error(no_pictures, tmp_path, monkeypatch):

@@ -48,8 +48,8 @@ class Stub:
     def __init__(self, *samples: list[float]) -> None:
         self.samples, self.calls = list(samples), 0
 
-    def __call__(self, call: Callable[[], Any], *, cold: bool) -> list[float]:
-        assert cold
+    def __call__(self, calls: Sequence[Callable[[], Any]], *, cold: bool, **_: Any) -> list[float]:
+        assert cold and len(calls) == 1
         self.calls += 1
         return self.samples[min(self.calls, len(self.samples)) - 1]
 
