@@ -39,7 +39,8 @@ def conv2d(
     batch_invariant: whether a sample's result and its input's gradient have the same bits in a batch of any size; None
     does as the surrounding functional.batch_invariant says, else no.
 
-    The result is channels_last if input or weight is, else contiguous.
+    The result is channels_last if input or weight is, else contiguous.  A strided layer of up to four channels
+    multiplies pixels beside a filter's rows by zero: a NaN or an infinity there reaches that output too.
     """
     checks.choice("activation", activation, checks.ACTIVATIONS)
     batched = checks.image("input", input)
