@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from tileconv.kernels import cost
+from tileconv.kernels import cost, fp32
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU, triton_version
 
@@ -134,11 +134,14 @@ def first_layer(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU
     return gpu.has_descriptors and addressable(problem.space_to_depth, pass_, dtype)
 
 
-def formulations(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> tuple[str, ...]:
+def formulations(
+    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU, precision: str = "ieee"
+) -> tuple[str, ...]:
     """The formulations that can run a pass, for tests and benchmarks that force each in turn."""
     inner = problem.space_to_depth if first_layer(problem, pass_, dtype, gpu) else problem
-    tiles = {name: _choose(inner, pass_, dtype, "ieee", gpu, name) for name in FORMULATIONS}
-    return tuple(name for name, tile in tiles.items() if why_invalid(tile, inner, pass_, dtype, gpu) is None)
+    tiles = {name: _choose(inner, pass_, dtype, precision, gpu, name) for name in FORMULATIONS}
+    read = fp32.multiplied(dtype, precision)
+    return tuple(name for name, tile in tiles.items() if why_invalid(tile, inner, pass_, read, gpu) is None)
 
 
 _overrides: list[dict[str, object]] = []
@@ -177,7 +180,7 @@ def choose(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: st
         return _choose(problem, pass_, dtype, precision, gpu, None)
     formulation = changes.pop("formulation", None)
     tile = replace(_choose(problem, pass_, dtype, precision, gpu, formulation), **changes)  # type: ignore[arg-type]
-    if reason := why_invalid(tile, problem, pass_, dtype, gpu):
+    if reason := why_invalid(tile, problem, pass_, fp32.multiplied(dtype, precision), gpu):
         raise ValueError(f"the tile override cannot be honoured: {reason}")
     return tile
 
@@ -187,7 +190,8 @@ def _choose(
     problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, formulation: object
 ) -> ConvTile:
     if gpu.interprets:
-        return _interpreter_tile(problem, pass_, str(formulation or _interpreter_formulation(problem, pass_, dtype)))
+        read = fp32.multiplied(dtype, precision)
+        return _interpreter_tile(problem, pass_, str(formulation or _interpreter_formulation(problem, pass_, read)))
     return _best(problem, pass_, None if formulation is None else str(formulation), dtype, precision, gpu)
 
 
@@ -225,10 +229,11 @@ def _best(
     problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> ConvTile:
     """The candidate with the least predicted time; of equals the first."""
+    read = fp32.multiplied(dtype, precision)
     valid = [
         tile
         for tile in candidates(problem, pass_, dtype, precision, gpu)
-        if formulation in (None, tile.formulation) and why_invalid(tile, problem, pass_, dtype, gpu) is None
+        if formulation in (None, tile.formulation) and why_invalid(tile, problem, pass_, read, gpu) is None
     ]
     if formulation is None and problem.stride == (1, 1):
         # Pointers are for what descriptors cannot address, and for strides at small batches: the model knows too little
@@ -249,10 +254,18 @@ def candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision
     """The tiles that a chooser weighs: those that compile to clean loops, see tests/test_inspect.py."""
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         return _scalar_candidates(problem, pass_, dtype, gpu)
-    if not gpu.has_descriptors or not addressable(problem, pass_, dtype):
-        return _gather_candidates(problem, pass_, dtype, gpu)
-    tiles = _wgrad_candidates(problem, dtype, gpu) if pass_ == "wgrad" else _box_candidates(problem, pass_, dtype, gpu)
-    return tiles + _gather_candidates(problem, pass_, dtype, gpu)
+    read = fp32.multiplied(dtype, precision)
+    gathers = _gather_candidates(problem, pass_, read, gpu)
+    if read != dtype:  # a second sum for the small products
+        gathers = [t for t in gathers if t.block_k * (t.block_c if pass_ == "wgrad" else t.pixels) <= 8192]
+    if not gpu.has_descriptors or not addressable(problem, pass_, read):
+        return gathers
+    tiles = _wgrad_candidates(problem, read, gpu) if pass_ == "wgrad" else _box_candidates(problem, pass_, read, gpu)
+    depth = problem.N * problem.P * problem.Q if pass_ == "wgrad" else problem.taps * problem.group_channels
+    if precision == "bf16x6" and depth > fp32.LONGEST_SUM:
+        least = -(-depth // fp32.LONGEST_SUM)
+        tiles = list(dict.fromkeys(replace(tile, splits=max(tile.splits, least), tail=0) for tile in tiles))
+    return tiles + gathers
 
 
 def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:

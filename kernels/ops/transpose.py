@@ -19,13 +19,10 @@ def _conv_transpose(
     output = layout.empty_image(output_shape, input, channels_last)
     if output.numel():
         gpu = hardware.gpu_of(input.device)
-        for part in problem.dgrad:
-            (top, left), (down, right) = part.offset, part.stride
-            for launch in launch_conv.plan_fprop(
-                part.problem, input, weight, bias, output[:, :, top::down, left::right], gpu=gpu,
-                filters=part.filters, activation=activation, precision=precision,
-            ):  # fmt: skip
-                launch.run()
+        for launch in launch_conv.plan_transposed(
+            problem, input, weight, bias, output, gpu=gpu, activation=activation, precision=precision
+        ):
+            launch.run()
     return output
 
 
