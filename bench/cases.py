@@ -29,6 +29,8 @@ EPS = {
     "fp32": 2.0**-23,
     "fp64": 2.0**-52,
 }
+# What a call without `precision` may compute in: the others are inspected, not checked or timed.
+DEFAULT_DTYPES = ("fp16", "bf16", "tf32", "fp32", "fp64")
 PASSES = ("fprop", "dgrad", "wgrad", "forward", "backward")
 FORWARD = ("fprop", "forward")
 # "backward" of what multiplies is what precedes dgrad and wgrad: ReLU's mask and the bias gradient, in one kernel.

@@ -107,7 +107,9 @@ def bench(
 def inspect(
     suite: Annotated[str, typer.Option(help="Which network's layers.")] = "alexnet",
     arch: Annotated[list[str] | None, typer.Option(help="sm_80 ... sm_120 or gfx942; may be given again.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, tf32, fp32 or fp64; may be given again.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp16, bf16, tf32, bf16x3, bf16x6, fp32 or fp64; may be given again.")
+    ] = None,
     pass_: Annotated[
         list[str] | None,
         typer.Option("--pass", help="fprop, dgrad, wgrad, forward or backward; may be given again. Default: all."),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from .cases import DTYPES, Case, flops_of, shape_of
+from .cases import DEFAULT_DTYPES, DTYPES, Case, flops_of, shape_of
 from .check import budget, largest_difference
 from .networks import Shape, known
 from .records import Timing, finite
@@ -177,7 +177,7 @@ def timings(
 ) -> list[Timing]:
     """Timing rows for all cases, in order; `progress(done, total, label)` is called after each case."""
     for case in cases:
-        known("dtype", case.dtype, DTYPES)
+        known("dtype", case.dtype, DEFAULT_DTYPES)
     rows: list[Timing] = []
     for done, case in enumerate(cases, start=1):
         rows.extend(time_case(case, timer, device))

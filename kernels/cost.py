@@ -176,8 +176,8 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
         ctas=ctas, ctas_per_sm=resident, waves=waves,
         wave_efficiency=ctas / gpu.sms / math.ceil(ctas / gpu.sms) if ctas else 1.0,
         useful_rows=shape.useful_rows, useful_columns=shape.useful_columns,
-        flops_done=int(total_steps * 2 * shape.rows * shape.columns * shape.depth / products), flops_needed=problem.flops,
-        bytes_read=read, bytes_written=written, bytes_least=least,
+        flops_done=int(total_steps * 2 * shape.rows * shape.columns * shape.depth / products),
+        flops_needed=problem.flops, bytes_read=read, bytes_written=written, bytes_least=least,
     )  # fmt: skip
 
 

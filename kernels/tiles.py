@@ -255,17 +255,33 @@ def candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         return _scalar_candidates(problem, pass_, dtype, gpu)
     read = fp32.multiplied(dtype, precision)
-    gathers = _gather_candidates(problem, pass_, read, gpu)
-    if read != dtype:  # a second sum for the small products
-        gathers = [t for t in gathers if t.block_k * (t.block_c if pass_ == "wgrad" else t.pixels) <= 8192]
-    if not gpu.has_descriptors or not addressable(problem, pass_, read):
-        return gathers
-    tiles = _wgrad_candidates(problem, read, gpu) if pass_ == "wgrad" else _box_candidates(problem, pass_, read, gpu)
-    depth = problem.N * problem.P * problem.Q if pass_ == "wgrad" else problem.taps * problem.group_channels
-    if precision == "bf16x6" and depth > fp32.LONGEST_SUM:
-        least = -(-depth // fp32.LONGEST_SUM)
-        tiles = list(dict.fromkeys(replace(tile, splits=max(tile.splits, least), tail=0) for tile in tiles))
-    return tiles + gathers
+    found = _gather_candidates(problem, pass_, read, gpu)
+    if gpu.has_descriptors and addressable(problem, pass_, read):
+        boxes = (
+            _wgrad_candidates(problem, read, gpu) if pass_ == "wgrad" else _box_candidates(problem, pass_, read, gpu)
+        )
+        found = boxes + found
+    return found if read == dtype else _of_parts(problem, pass_, found, precision, gpu)
+
+
+def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precision: str, gpu: GPU) -> list[ConvTile]:
+    """Those of the tiles for bf16 that multiply the parts of fp32 without spilling, in sums that are not too long."""
+    wgrad = pass_ == "wgrad"
+    depth = problem.N * problem.P * problem.Q if wgrad else problem.taps * problem.group_channels
+    least = -(-depth // fp32.LONGEST_SUM) if precision == "bf16x6" else 1
+    found = []
+    for tile in tiles:
+        size = tile.rows * (tile.block_c * tile.taps if wgrad else tile.pixels)
+        if tile.formulation == "gather":  # a step's products have a sum of their own before they are added
+            if size <= (8192 if not wgrad else 4096 if addressable(problem, pass_, torch.bfloat16) else 2048):
+                found.append(replace(tile, num_warps=8) if size > 4096 else tile)
+            continue
+        if gpu.arch >= 100 and (size > 32_768 or tile.taps == 2):
+            continue
+        if (tile.block_k2 and tile.taps == 2) or (gpu.arch >= 100 and size > 16_384):
+            tile = replace(tile, num_warps=8)
+        found.append(tile if least == 1 else replace(tile, splits=max(tile.splits, least), tail=0))
+    return list(dict.fromkeys(found))
 
 
 def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:

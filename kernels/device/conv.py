@@ -40,6 +40,14 @@ def _small_products(PARTS: tl.constexpr):
 
 
 @triton.jit
+def _next_product(step, steps, x_parts, w_parts):
+    # Selections: a branch in a loop may make WGMMAs wait for each other.
+    step += 1
+    wrap = step == steps
+    return tl.where(wrap, 0, step), wrap, tl.where(wrap, x_parts >> 2, x_parts), tl.where(wrap, w_parts >> 2, w_parts)
+
+
+@triton.jit
 def _without_infinities(acc):
     # An infinite operand has further parts of zero.  Zero times infinity must not spoil what the largest product says.
     return tl.where(tl.abs(acc) < float("inf"), acc, 0.0)
@@ -222,10 +230,10 @@ def fprop_box(
                 acc2 = tl.dot(filters, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
             c, s, r = _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
             if small:
-                step += 1
-                if step == steps:
-                    step, x_parts, w_parts = 0, x_parts >> 2, w_parts >> 2
-                    c, s, r = c_first, s_first, r_first
+                step, wrap, x_parts, w_parts = _next_product(step, steps, x_parts, w_parts)
+                c = tl.where(wrap, c_first, c)
+                s = tl.where(wrap, s_first, s)
+                r = tl.where(wrap, r_first, r)
         if small:
             acc = _without_infinities(acc)
             if BLOCK_K2:
@@ -576,10 +584,10 @@ def wgrad_box(
             q = tl.where(wrap, q_lo, q)
             p = tl.where(wrap, p + 1, p)
             if small:
-                step += 1
-                if step == steps:
-                    step, x_parts, y_parts = 0, x_parts >> 2, y_parts >> 2
-                    n, q, p = n_first, q_first, p_first
+                step, wrap, x_parts, y_parts = _next_product(step, steps, x_parts, y_parts)
+                n = tl.where(wrap, n_first, n)
+                q = tl.where(wrap, q_first, q)
+                p = tl.where(wrap, p_first, p)
         if small:
             acc = _without_infinities(acc)
             if BLOCK_K2:

@@ -262,9 +262,8 @@ def _plan_gather(
         "x": x, "w": matrix, "y": y,
         **strides("x", x, "nchw"),
         "stride_wg": w.shape[0] // problem.groups * pitch, "stride_wk": rows, "stride_wt": channels,
-        "stride_wp": channels // common["PARTS"], "stride_wc": depth, "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
-        "FLAT": tile.flat, "INDEX": index_type(x, w, y),
-        "PIXELS": tile.pixels, **common,
+        "stride_wp": channels // common["PARTS"], "stride_wc": depth, "STRIDE_H": problem.stride[0],
+        "STRIDE_W": problem.stride[1], "FLAT": tile.flat, "INDEX": index_type(x, w, y), "PIXELS": tile.pixels, **common,
     }  # fmt: skip
     pixels = problem.N * problem.P * problem.Q
     programs = triton.cdiv(pixels, tile.pixels) * problem.groups * triton.cdiv(problem.group_filters, tile.block_k)
