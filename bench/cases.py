@@ -22,6 +22,8 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "tf32": torch.float32,
+    "bf16x3": torch.float32,
+    "bf16x6": torch.float32,
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
@@ -29,9 +31,13 @@ EPS = {
     "fp16": 2.0**-10,
     "bf16": 2.0**-7,
     "tf32": 2.0**-10,
+    "bf16x3": 2.0**-16,
+    "bf16x6": 2.0**-23,
     "fp32": 2.0**-23,
     "fp64": 2.0**-52,
 }
+# What a call without `precision` may compute in: the others are inspected, not checked or timed.
+DEFAULT_DTYPES = ("fp16", "bf16", "tf32", "fp32", "fp64")
 STEP = "step"  # a whole network's training step: forward, backward and update
 PASSES = ("fprop", "dgrad", "wgrad", "forward", "backward", STEP)
 FORWARD = ("fprop", "forward")
@@ -73,7 +79,7 @@ class Case:
     @property
     def precision(self) -> str:
         """What the kernels are told about 4-byte products."""
-        return "tf32" if self.dtype == "tf32" else "ieee"
+        return self.dtype if self.dtype in ("tf32", "bf16x3", "bf16x6") else "ieee"
 
 
 def passes_of(shape: Shape) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
-from .cases import DTYPES, EPS
+from .cases import DEFAULT_DTYPES, DTYPES, EPS
 from .images import images
 from .networks import known
 from .records import finite
@@ -69,7 +69,7 @@ def tasks(batch: int, dtypes: Sequence[str]) -> list[Task]:
     from .networks import network_layers
 
     for dtype in dtypes:
-        known("dtype", dtype, DTYPES)
+        known("dtype", dtype, DEFAULT_DTYPES)
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1")
     found: list[Task] = []

@@ -205,7 +205,9 @@ def inspect(
         typer.Option(metavar="MODULE:CALLABLE", help="Instead: the layers that the model it returns calls."),
     ] = None,
     arch: Annotated[list[str] | None, typer.Option(help="sm_80 ... sm_120 or gfx942; may be given again.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, tf32, fp32 or fp64; may be given again.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp16, bf16, tf32, bf16x3, bf16x6, fp32 or fp64; may be given again.")
+    ] = None,
     pass_: Annotated[
         list[str] | None,
         typer.Option("--pass", help="fprop, dgrad, wgrad, forward or backward; may be given again. Default: all."),

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from . import environment
-from .cases import FORWARD, PASSES, Case, cases
+from .cases import DEFAULT_DTYPES, FORWARD, PASSES, Case, cases
 from .check import checks
 from .clocks import open_gauge
 from .im2col import im2col_rows
 from .inspect import inspect_all
 from .measure import Instruments, Measurement, kept_rows
 from .memory import alexnet_saved
+from .networks import known
 from .providers import Provider, chosen
 from .published import published_gemms
 from .records import (
@@ -118,6 +119,8 @@ class Job:
 
     def measured(self) -> list[Case]:
         """The cases to time, each suite at its own batch. Raises ValueError for an unknown suite or dtype."""
+        for dtype in self.dtypes:
+            known("dtype", dtype, DEFAULT_DTYPES)
         return [case for suite in self.suites for case in cases(suite, None, self.dtypes)]
 
 

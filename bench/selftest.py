@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cases import DTYPES, Case, cases, conv_problem, passes_of, shape_of
+from .cases import DEFAULT_DTYPES, DTYPES, Case, cases, conv_problem, passes_of, shape_of
 from .check import budget, largest_difference
 from .networks import Shape, known
 from .passes import operands_of, placed, work
@@ -30,7 +30,6 @@ from .records import replace_text
 from .workers import Progress, Task, describe_error, run_tasks, serve
 
 PASSES = ("fprop", "dgrad", "wgrad")
-DEFAULT_DTYPES = ("fp16", "bf16", "tf32", "fp32", "fp64")
 SECONDS_EACH = 120.0  # for one tile: compiling takes one to three, a large fp32 tile a minute
 REHEARSED = 6  # tiles that a run in the interpreter tries
 SANITIZER = "compute-sanitizer"

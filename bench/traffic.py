@@ -88,7 +88,12 @@ def _axes(a: Arguments, boxed: bool = True) -> tuple[_Axis, _Axis]:
 def _image_bytes(a: Arguments) -> int:
     """The pixels of x that a convolution reaches, each once."""
     rows, columns = _axes(a, boxed=False)
-    return int(a["N"] * rows.touched() * columns.touched() * a["GROUPS"] * a["C"] * _itemsize(a["x"]))
+    return int(a["N"] * rows.touched() * columns.touched() * a["GROUPS"] * a["C"] * a["PARTS"] * _itemsize(a["x"]))
+
+
+def _products(parts: int) -> list[tuple[int, int]]:
+    """Which parts of either operand the box kernels multiply: each pair is loaded anew."""
+    return [(i, j) for i, j in itertools.product(range(parts), repeat=2) if i + j < parts]
 
 
 def _fprop_box(a: Arguments) -> Traffic:
@@ -96,7 +101,7 @@ def _fprop_box(a: Arguments) -> Traffic:
     rows, columns = _axes(a)
     (h, h_ranges), (w, w_ranges) = rows.rows(), columns.rows()
     filter_tiles = _cdiv(K, a["BLOCK_K"] + a["BLOCK_K2"])
-    pixels = a["N"] * h * w * C * groups * filter_tiles * size
+    pixels = a["N"] * h * w * C * groups * filter_tiles * size * len(_products(a["PARTS"]))
     images = _cdiv(a["N"], a["BOX_N"])
     filters = 0
     for ((r0, r1), r_count), ((s0, s1), s_count) in itertools.product(h_ranges.items(), w_ranges.items()):
@@ -105,7 +110,7 @@ def _fprop_box(a: Arguments) -> Traffic:
     whole, partial, bias = _outputs(a, filter_tiles)
     bias_bytes = bias * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
     written = whole * _itemsize(a["y"]) + partial * 4
-    weights = groups * K * C * a["R"] * a["S"] * size
+    weights = groups * K * C * a["R"] * a["S"] * size * a["PARTS"]
     least = _image_bytes(a) + weights + written + (groups * K * _itemsize(a["bias"]) if bias_bytes else 0)
     return Traffic(pixels + filters * size + bias_bytes, written, least)
 
@@ -151,12 +156,14 @@ def _filter_elements(a: Arguments, tap: int) -> int:
     total = 0
     blocks = [(a["BLOCK_K"], 0)] + ([(a["BLOCK_K2"], a["BLOCK_K"])] if a["BLOCK_K2"] else [])
     for g, k0 in itertools.product(range(a["GROUPS"]), range(0, a["K"], a["BLOCK_K"] + a["BLOCK_K2"])):
-        for (block, shift), c in itertools.product(blocks, range(0, a["C"], a["BLOCK_C"])):
-            k, depth = k0 + shift, c
+        for (block, shift), c, (_, part) in itertools.product(
+            blocks, range(0, a["C"], a["BLOCK_C"]), _products(a["PARTS"])
+        ):
+            k, depth, column = k0 + shift, c, tap * a["PARTS"] + part
             if a["TRANSPOSED"]:
-                total += _clip(g * a["C"] + depth, a["BLOCK_C"], height) * _clip(tap * a["K"] + k, block, width)
+                total += _clip(g * a["C"] + depth, a["BLOCK_C"], height) * _clip(column * a["K"] + k, block, width)
             else:
-                total += _clip(g * a["K"] + k, block, height) * _clip(tap * a["C"] + depth, a["BLOCK_C"], width)
+                total += _clip(g * a["K"] + k, block, height) * _clip(column * a["C"] + depth, a["BLOCK_C"], width)
     return total
 
 
@@ -195,7 +202,7 @@ def _fprop_finish(a: Arguments) -> Traffic:
 
 
 def _fprop_gather(a: Arguments) -> Traffic:
-    size, groups, K, C = _itemsize(a["x"]), a["GROUPS"], a["K"], a["C"]
+    size, groups, K, C = _itemsize(a["x"]) * a["PARTS"], a["GROUPS"], a["K"], a["C"]
     rows, columns = _axes(a, boxed=False)
     reached = _pairs(*_extents(rows)) * _pairs(*_extents(columns))
     blocks = _cdiv(a["N"] * a["P"] * a["Q"], a["PIXELS"])
@@ -211,7 +218,7 @@ def _extents(axis: _Axis) -> tuple[int, int, int, int, int, int]:
 
 
 def _wgrad_gather(a: Arguments) -> Traffic:
-    size, groups, K, C = _itemsize(a["x"]), a["GROUPS"], a["K"], a["C"]
+    size, groups, K, C = _itemsize(a["x"]) * a["PARTS"], a["GROUPS"], a["K"], a["C"]
     rows, columns = _axes(a, boxed=False)
     reached = _pairs(*_extents(rows)) * _pairs(*_extents(columns))
     pixels = a["N"] * reached * C * groups * _cdiv(K, a["BLOCK_K"]) * size
@@ -231,13 +238,14 @@ def _wgrad_box(a: Arguments) -> Traffic:
     for tap in range(0, taps, per_program):
         mine = [min(tap + i, taps - 1) for i in range(per_program)]
         ps, qs = _wgrad_range(a, mine, "H"), _wgrad_range(a, mine, "W")
-        for g in range(groups):
-            grads = [(g * K + k0 + shift, block, K - k0 - shift) for k0 in row_tiles for block, shift in blocks]
+        for g, (x_part, y_part) in itertools.product(range(groups), _products(a["PARTS"])):
+            x_plane, y_plane = x_part * groups + g, y_part * groups + g
+            grads = [(y_plane * K + k0 + shift, block, K - k0 - shift) for k0 in row_tiles for block, shift in blocks]
             read += len(range(0, C, a["BLOCK_C"])) * _wgrad_load(a, "dy", ps, qs, None, grads)
-            channels = [(g * C + c0, a["BLOCK_C"], C - c0) for c0 in range(0, C, a["BLOCK_C"])]
+            channels = [(x_plane * C + c0, a["BLOCK_C"], C - c0) for c0 in range(0, C, a["BLOCK_C"])]
             read += len(row_tiles) * sum(_wgrad_load(a, "x", ps, qs, one, channels) for one in mine)
     written = a["SPLITS"] * groups * K * taps * C * _itemsize(a["dw"])
-    least = _image_bytes(a) + a["N"] * a["P"] * a["Q"] * K * groups * size + written
+    least = _image_bytes(a) + a["N"] * a["P"] * a["Q"] * K * groups * a["PARTS"] * size + written
     return Traffic(read * size, written, least)
 
 
@@ -281,7 +289,7 @@ def _wgrad_load(
             total += sum(_clip(at + first, block, image.shape[1]) for first, block, _ in columns)
         else:
             total += rows * cols * sum(
-                _clip(first, block, image.shape[-1]) if a["GROUPS"] == 1 else min(block, max(0, left))
+                _clip(first, block, image.shape[-1]) if len(image.shape) == 4 else min(block, max(0, left))
                 for first, block, left in columns
             )  # fmt: skip
     return int(total * a["N"])
@@ -397,6 +405,11 @@ def _filters_to_runs(a: Arguments) -> Traffic:
     return Traffic(read, written, read + written)
 
 
+def _split(a: Arguments) -> Traffic:
+    read, written = (a[name].numel() * _itemsize(a[name]) for name in ("x", "y"))
+    return Traffic(read, written, read + written)
+
+
 def _bias_backward(a: Arguments) -> Traffic:
     elements = a["HEIGHT"] * a["K"]
     read = elements * (_itemsize(a["dy"]) + (_itemsize(a["y"]) if a["MASK"] else 0))
@@ -436,6 +449,7 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "adaptive_avg_backward": _adaptive_backward,
     "across_columns": _norm,
     "space_to_depth": _space_to_depth,
+    "split": _split,
     "depth_to_space": _each_once("y", out="dw"),
     "widen": _widen,
     "fprop_runs": _fprop_runs,

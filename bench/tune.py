@@ -140,10 +140,9 @@ class Operands:
         unit, precision = self.unit, self.unit.case.precision
         with tiles.override(**{field.name: getattr(tile, field.name) for field in dataclasses.fields(tile)}):
             if unit.part is not None:
-                return launch_conv.plan_fprop(
-                    unit.problem, self.dy, self.w, None, self.written(self.out), gpu=gpu, filters=unit.part.filters,
-                    precision=precision,
-                )  # fmt: skip
+                return launch_conv.plan_transpose(
+                    unit.layer, self.dy, self.w, None, self.out, gpu=gpu, precision=precision, only=unit.part
+                )
             if unit.case.pass_ == "wgrad":
                 return launch_conv.plan_wgrad(unit.layer, self.dy, self.x, self.out, gpu=gpu, precision=precision)
             return launch_conv.plan_fprop(

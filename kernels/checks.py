@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from tileconv.kernels import hardware
+from tileconv.kernels import fp32, hardware
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = (None, "relu")
-PRECISIONS = ("ieee", "tf32")
+PRECISIONS = fp32.NAMES
 
 
 def tensor(name: str, value: Any, like: torch.Tensor | None = None) -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
+from tileconv.kernels import fp32
 from tileconv.kernels.geometry import Conv2dProblem, Pair, Pool2dProblem
 from tileconv.kernels.hardware import GPU
 
@@ -131,33 +132,38 @@ def _reached(
 def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, precision: str, gpu: GPU) -> Prediction:
     """One launch of a convolution pass, and the second kernel if partial sums need one.
 
-    A dgrad problem is the rephrased one, geometry.DgradPart.problem.
+    A dgrad problem is the rephrased one, geometry.DgradPart.problem.  What splits operands into parts is a launch of
+    its own; here every product of parts goes through the depth once more.
     """
     item = dtype.itemsize
     if tile.formulation == "runs":
         shape = _runs_shape(problem, pass_, tile, item)
     else:
         shape = _wgrad_shape(problem, tile) if pass_ == "wgrad" else _fprop_shape(problem, tile)
+    products, read_type = fp32.products(precision), fp32.multiplied(dtype, precision)
+    shape = replace(shape, steps=shape.steps * products)
+    stage = shape.stage_bytes(read_type.itemsize)
     shared_tiles = 0 if tile.splits == 1 else shape.tiles if pass_ == "wgrad" or not tile.tail else tile.tail
     whole_tiles = shape.tiles - min(shared_tiles, shape.tiles)
     partial = shape.rows * shape.columns * 4
     whole = shape.rows * shape.columns * item
-    rate = _Rates(shape, tile, dtype, precision, gpu)
+    rate = _Rates(shape, tile, read_type, precision if products == 1 else "ieee", gpu)
     threads_need = registers(shape.rows, shape.columns, tile.num_warps, gpu)
-    resident = max(1, occupancy(threads_need, shape.stage_bytes(item) * tile.num_stages, tile.num_warps, gpu))
+    resident = max(1, occupancy(threads_need, stage * tile.num_stages, tile.num_warps, gpu))
     cycles = rate.phase(whole_tiles, shape.steps, whole, resident)
     shared_ctas = min(shared_tiles, shape.tiles) * tile.splits
     cycles += rate.phase(shared_ctas, shape.steps / tile.splits, partial, resident)
     ctas = whole_tiles + shared_ctas
     total_steps = shape.tiles * shape.steps
-    read = int(total_steps * shape.step_bytes(item))
+    read = int(total_steps * shape.step_bytes(read_type.itemsize))
     written = whole_tiles * whole + shared_ctas * partial
     finish = 0.0
     if shared_ctas:
         moved = shared_ctas * partial + min(shared_tiles, shape.tiles) * whole
         finish = LAUNCH_US + 1e6 * moved / (0.6 * gpu.l2 if moved < 40e6 else gpu.dram * DRAM_LOAD)
     least = problem.bytes_least(item)
-    dram = 1e6 * (least + (shared_ctas * partial if shared_ctas * partial > 40e6 else 0)) / (gpu.dram * DRAM_LOAD)
+    moved = least * products * read_type.itemsize // item  # parts are more than one pass's share of L2: each time anew
+    dram = 1e6 * (moved + (shared_ctas * partial if shared_ctas * partial > 40e6 else 0)) / (gpu.dram * DRAM_LOAD)
     loop = 1e6 * cycles / gpu.clock
     parts = {
         "tensor": 1e6 * total_steps * rate.tensor / gpu.sms / gpu.clock,
@@ -175,8 +181,8 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
         ctas=ctas, ctas_per_sm=resident, waves=waves,
         wave_efficiency=ctas / gpu.sms / math.ceil(ctas / gpu.sms) if ctas else 1.0,
         useful_rows=shape.useful_rows, useful_columns=shape.useful_columns,
-        flops_done=int(total_steps * 2 * shape.rows * shape.columns * shape.depth), flops_needed=problem.flops,
-        bytes_read=read, bytes_written=written, bytes_least=least,
+        flops_done=int(total_steps * 2 * shape.rows * shape.columns * shape.depth / products),
+        flops_needed=problem.flops, bytes_read=read, bytes_written=written, bytes_least=least,
     )  # fmt: skip
 
 

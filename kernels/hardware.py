@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from tileconv.kernels import fp32
+
 INTERPRET_VARIABLE = "TILECONV_INTERPRET"
 _interprets = False
 
@@ -37,9 +39,9 @@ class GPU:
         return self.interprets or self.arch >= 90
 
     def peak(self, dtype: torch.dtype, precision: str) -> float:
-        """Floating-point operations a second of the unit that multiplies `dtype`."""
-        if dtype.itemsize == 2:
-            return self.clock * self.sms * self.tensor_flops
+        """Operations a second of the unit that multiplies `dtype`; where it multiplies parts, all products are one."""
+        if fp32.multiplied(dtype, precision).itemsize == 2:
+            return self.clock * self.sms * self.tensor_flops / fp32.products(precision)
         if dtype == torch.float32 and precision == "tf32":
             return self.clock * self.sms * self.tensor_flops / 2
         return self.clock * self.sms * 256 / (1 if dtype == torch.float32 else 2)

@@ -49,7 +49,7 @@ class Conv2d(torch.nn.Conv2d):
     call repacks it.  By PyTorch's rule the output then is channels_last too: flatten it with flatten or reshape, as
     `view` refuses it.
 
-    precision: of fp32 products, None, "ieee" or "tf32", as in functional.conv2d.
+    precision: of fp32 products, None, "ieee", "tf32", "bf16x3" or "bf16x6", as in functional.conv2d.
 
     Raises ValueError for padding_mode other than "zeros", and what torch.nn.Conv2d raises.
     """
@@ -124,7 +124,7 @@ class ConvReLU2d(Conv2d):
 class Linear(torch.nn.Linear):
     """torch.nn.Linear: [..., C] -> [..., K].
 
-    precision: of fp32 products, None, "ieee" or "tf32", as in functional.linear.
+    precision: of fp32 products, None, "ieee", "tf32", "bf16x3" or "bf16x6", as in functional.conv2d.
     """
 
     activation: Literal["relu"] | None = None

@@ -8,7 +8,7 @@ import torch
 
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
-from tileconv.kernels.tiles import power_of_two
+from tileconv.kernels.tiles import ElementwiseTile, choose_elementwise, power_of_two
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,10 @@ def _depthwise(problem: Conv2dProblem, nhwc: bool, dtype: torch.dtype, gpu: GPU,
     budget = 128 * max(1, 16 // dtype.itemsize)
     channels = min(power_of_two(problem.K), max(16, 128 // dtype.itemsize)) if nhwc else 1
     return DepthwiseTile(lines, min(pixels, budget // channels), channels)
+
+
+def choose_split(pixels: int, channels: int, nhwc: bool, dtype: torch.dtype, gpu: GPU) -> ElementwiseTile:
+    """The tile of the kernel that splits fp32: `pixels` rows of `channels`; from NCHW a square that it transposes."""
+    if nhwc or gpu.interprets:
+        return choose_elementwise(pixels, channels, dtype, gpu)
+    return ElementwiseTile(min(power_of_two(pixels), 64), min(power_of_two(channels), 32))

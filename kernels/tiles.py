@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from tileconv.kernels import cost, excluded
+from tileconv.kernels import cost, excluded, fp32
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU, triton_version
 
@@ -135,11 +135,14 @@ def first_layer(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU
     return gpu.has_descriptors and addressable(problem.space_to_depth, pass_, dtype)
 
 
-def formulations(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> tuple[str, ...]:
+def formulations(
+    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU, precision: str = "ieee"
+) -> tuple[str, ...]:
     """The formulations that can run a pass, for tests and benchmarks that force each in turn."""
     inner = problem.space_to_depth if first_layer(problem, pass_, dtype, gpu) else problem
-    tiles = {name: _choose(inner, pass_, dtype, "ieee", gpu, name) for name in FORMULATIONS}
-    return tuple(name for name, tile in tiles.items() if why_invalid(tile, inner, pass_, dtype, gpu) is None)
+    tiles = {name: _choose(inner, pass_, dtype, precision, gpu, name) for name in FORMULATIONS}
+    read = fp32.multiplied(dtype, precision)
+    return tuple(name for name, tile in tiles.items() if why_invalid(tile, inner, pass_, read, gpu) is None)
 
 
 _overrides: list[dict[str, object]] = []
@@ -182,7 +185,7 @@ def choose(
     formulation = changes.pop("formulation", None)
     chosen = _choose(problem, pass_, dtype, precision, gpu, formulation, batch_invariant)
     tile = replace(chosen, **changes)  # type: ignore[arg-type]
-    if reason := why_invalid(tile, problem, pass_, dtype, gpu):
+    if reason := why_invalid(tile, problem, pass_, fp32.multiplied(dtype, precision), gpu):
         raise ValueError(f"the tile override cannot be honoured: {reason}")
     return tile
 
@@ -193,7 +196,7 @@ def _choose(
     batch_invariant: bool = False,
 ) -> ConvTile:  # fmt: skip
     if gpu.interprets:
-        wanted = str(formulation or _interpreter_formulation(problem, pass_, dtype))
+        wanted = str(formulation or _interpreter_formulation(problem, pass_, fp32.multiplied(dtype, precision)))
         if not batch_invariant:
             return _interpreter_tile(problem, pass_, wanted)
         # There numpy's library adds in an order that the shape of a block decides, and from 32 columns on the column.
@@ -305,10 +308,11 @@ def _valid(
     problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> list[ConvTile]:
     """The candidates that can run, and of them those that the model may weigh against each other."""
+    read = fp32.multiplied(dtype, precision)
     valid = [
         tile
         for tile in candidates(problem, pass_, dtype, precision, gpu)
-        if formulation in (None, tile.formulation) and why_invalid(tile, problem, pass_, dtype, gpu) is None
+        if formulation in (None, tile.formulation) and why_invalid(tile, problem, pass_, read, gpu) is None
     ]
     if formulation is None and problem.stride == (1, 1):
         # Pointers are for what descriptors cannot address, and for strides at small batches: the model knows too little
@@ -338,10 +342,34 @@ def clean_candidates(
     """The tiles that compile to clean loops, see tests/test_inspect.py."""
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         return _scalar_candidates(problem, pass_, dtype, gpu)
-    if not gpu.has_descriptors or not addressable(problem, pass_, dtype):
-        return _gather_candidates(problem, pass_, dtype, gpu)
-    tiles = _wgrad_candidates(problem, dtype, gpu) if pass_ == "wgrad" else _box_candidates(problem, pass_, dtype, gpu)
-    return tiles + _gather_candidates(problem, pass_, dtype, gpu)
+    read = fp32.multiplied(dtype, precision)
+    found = _gather_candidates(problem, pass_, read, gpu)
+    if gpu.has_descriptors and addressable(problem, pass_, read):
+        boxes = (
+            _wgrad_candidates(problem, read, gpu) if pass_ == "wgrad" else _box_candidates(problem, pass_, read, gpu)
+        )
+        found = boxes + found
+    return found if read == dtype else _of_parts(problem, pass_, found, precision, gpu)
+
+
+def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precision: str, gpu: GPU) -> list[ConvTile]:
+    """Those of the tiles for bf16 that multiply the parts of fp32 without spilling, in sums that are not too long."""
+    wgrad = pass_ == "wgrad"
+    depth = problem.N * problem.P * problem.Q if wgrad else problem.taps * problem.group_channels
+    least = -(-depth // fp32.LONGEST_SUM) if precision == "bf16x6" else 1
+    found = []
+    for tile in tiles:
+        size = tile.rows * (tile.block_c * tile.taps if wgrad else tile.pixels)
+        if tile.formulation == "gather":  # a step's products have a sum of their own before they are added
+            if size <= (8192 if not wgrad else 4096 if addressable(problem, pass_, torch.bfloat16) else 2048):
+                found.append(replace(tile, num_warps=8) if size > 4096 else tile)
+            continue
+        if gpu.arch >= 100 and (size > 32_768 or tile.taps == 2):
+            continue
+        if (tile.block_k2 and tile.taps == 2) or (gpu.arch >= 100 and size > 16_384):
+            tile = replace(tile, num_warps=8)
+        found.append(tile if least == 1 else replace(tile, splits=max(tile.splits, least), tail=0))
+    return list(dict.fromkeys(found))
 
 
 def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:

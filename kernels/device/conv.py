@@ -4,6 +4,11 @@ Every kernel computes acc[k, pixel] = sum over (r, s, c) of w[k, r, s, c] * x[pi
 operand A and pixels operand B: the other way round Triton moves the reshaped box through registers and serialises
 every WGMMA.  The filter a tap (r, s) reads is TAP_0 + r * TAP_R + s * TAP_S, which lets dgrad run on the filters of
 fprop, flipped and transposed in place.
+
+Where both operands are fp32 numbers in two or three bf16 PARTS, the depth is gone through for every product of parts
+that counts: the small ones first, because tensor cores cut sums off at the last bit of the largest term, and what they
+cut off a small sum is small.  Kernels with pointers make all products of what they have loaded instead: their addresses
+cost more than their products, and they do not wait in the way that WGMMA would.
 """
 
 import triton
@@ -21,6 +26,48 @@ def _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C: tl.constexpr):
     s = tl.where(wrap, s_lo, s)
     r = tl.where(wrap, r + 1, r)
     return c, s, r
+
+
+@triton.jit
+def _small_products(PARTS: tl.constexpr):
+    # How many there are, and which part of either operand each takes, two bits a product, the smallest product first.
+    if PARTS == 3:
+        return 5, 2 + (1 << 4) + (1 << 6), (2 << 2) + (1 << 4) + (1 << 8)
+    elif PARTS == 2:
+        return 2, 1, 1 << 2
+    else:
+        return 0, 0, 0
+
+
+@triton.jit
+def _next_product(step, steps, x_parts, w_parts):
+    # Selections: a branch in a loop may make WGMMAs wait for each other.
+    step += 1
+    wrap = step == steps
+    return tl.where(wrap, 0, step), wrap, tl.where(wrap, x_parts >> 2, x_parts), tl.where(wrap, w_parts >> 2, w_parts)
+
+
+@triton.jit
+def _without_infinities(acc):
+    # An infinite operand has further parts of zero.  Zero times infinity must not spoil what the largest product says.
+    return tl.where(tl.abs(acc) < float("inf"), acc, 0.0)
+
+
+@triton.jit
+def _dot_parts(w, inside_w, w_part, x, inside_x, x_part, PARTS: tl.constexpr, ACC: tl.constexpr):
+    # w [rows, depth] and x [columns, depth] point at the largest parts.
+    w0 = tl.load(w, mask=inside_w, other=0.0)
+    w1 = tl.load(w + w_part, mask=inside_w, other=0.0)
+    x0 = tl.load(x, mask=inside_x, other=0.0).T
+    x1 = tl.load(x + x_part, mask=inside_x, other=0.0).T
+    acc = tl.zeros((w.shape[0], x.shape[0]), ACC)
+    if PARTS == 3:
+        acc = tl.dot(w0, tl.load(x + 2 * x_part, mask=inside_x, other=0.0).T, acc)
+        acc = tl.dot(tl.load(w + 2 * w_part, mask=inside_w, other=0.0), x0, acc)
+        acc = tl.dot(w1, x1, acc)
+    acc = tl.dot(w0, x1, acc)
+    acc = tl.dot(w1, x0, acc)
+    return tl.dot(w0, x0, _without_infinities(acc))
 
 
 @triton.jit
@@ -74,8 +121,8 @@ def _store_pixels(
 # Programs from FULL on share the depth of a tile between SPLITS of them; fprop_finish adds what they leave in `parts`.
 @triton.jit
 def fprop_box(
-    x,  # descriptor of [N, H, W, (GROUPS,) C], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_C]
-    w,  # descriptor of the filters as a matrix: [rows, taps * C], box [BLOCK_K, BLOCK_C]; turned if TRANSPOSED
+    x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_C]
+    w,  # descriptor of the filters as a matrix: [rows, taps * PARTS * C], box [BLOCK_K, BLOCK_C]; turned if TRANSPOSED
     w2,  # the same with a box of BLOCK_K2 rows, or None
     y,  # descriptor of [N, P, Q, (GROUPS,) K], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_K]; a pointer if not STORE_BOX
     y2,  # the same with a box of BLOCK_K2 filters, or None
@@ -106,12 +153,13 @@ def fprop_box(
     TAP_0: tl.constexpr,
     TAP_R: tl.constexpr,
     TAP_S: tl.constexpr,
-    TRANSPOSED: tl.constexpr,  # w holds [depth, taps * rows], as dgrad finds the filters of fprop
+    TRANSPOSED: tl.constexpr,  # w holds [depth, taps * PARTS * rows], as dgrad finds the filters of fprop
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORE_BOX: tl.constexpr,
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,  # of x and w
     ACC: tl.constexpr,
     OUT: tl.constexpr,
     BOX_N: tl.constexpr,
@@ -144,44 +192,52 @@ def fprop_box(
     s_hi = tl.minimum(S + SHIFT, tl.maximum(0, tl.cdiv(W - w0, DIL_W)))
     n_c = tl.cdiv(C, BLOCK_C)
     steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * n_c
-    c, s, r = 0, s_lo, r_lo
+    c_first, s_first, r_first = 0, s_lo, r_lo
     if SPLITS > 1:
         share = tl.cdiv(steps, shares)
         begin = part * share
         steps = tl.minimum(share, steps - begin)
         n_s = tl.maximum(s_hi - s_lo, 1)
-        c = begin % n_c * BLOCK_C
-        s = s_lo + begin // n_c % n_s
-        r = r_lo + begin // n_c // n_s
+        c_first = begin % n_c * BLOCK_C
+        s_first = s_lo + begin // n_c % n_s
+        r_first = r_lo + begin // n_c // n_s
     acc = tl.zeros((BLOCK_K, PIXELS), ACC)
     if BLOCK_K2:
         acc2 = tl.zeros((BLOCK_K2, PIXELS), ACC)
-    for _ in tl.range(0, steps):  # one flat loop: it pipelines across taps
-        if GROUPS == 1:
-            box = x.load([n, h0 + r * DIL_H, w0 + s * DIL_W, c]).reshape(PIXELS, BLOCK_C)
-        else:
-            box = x.load([n, h0 + r * DIL_H, w0 + s * DIL_W, g, c]).reshape(PIXELS, BLOCK_C)
-        tap = TAP_0 + r * TAP_R + s * TAP_S
-        column = tap * K if TRANSPOSED else tap * C
-        if SHIFT:  # a tap that the filters do not have lies beyond the matrix, and so is zero
-            column = tl.where(s < S, column, WIDTH)
-        if TRANSPOSED:
-            filters = w.load([g * C + c, column + k0]).T
-        else:
-            filters = w.load([g * K + k0, column + c])
-        acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
-        if BLOCK_K2:
-            below = BLOCK_K
-            if SHIFT:
-                below = 0
-                column = (tap - TAP_S) * K if TRANSPOSED else (tap - TAP_S) * C
-                column = tl.where(s > 0, column, WIDTH)
-            if TRANSPOSED:
-                filters = w2.load([g * C + c, column + k0 + below]).T
-            else:
-                filters = w2.load([g * K + k0 + below, column + c])
-            acc2 = tl.dot(filters, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
-        c, s, r = _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
+    width = (K if TRANSPOSED else C) * PARTS  # of a tap
+    for small in tl.static_range(PARTS > 1, -1, -1):
+        c, s, r = c_first, s_first, r_first
+        products, x_parts, w_parts = _small_products(PARTS if small else 1)
+        step = 0
+        for _ in tl.range(0, steps * products if small else steps):  # one flat loop: it pipelines across taps
+            plane = g + (x_parts & 3) * GROUPS if small else g
+            box = _pixel_load(
+                x, n, h0 + r * DIL_H, w0 + s * DIL_W, plane, c, C, 0, 0, GROUPS * PARTS, False, PIXELS, BLOCK_C
+            )
+            tap = TAP_0 + r * TAP_R + s * TAP_S
+            beside = (w_parts & 3) * (K if TRANSPOSED else C) if small else 0
+            column = tap * width + beside
+            if SHIFT:  # a tap that the filters do not have lies beyond the matrix, and so is zero
+                column = tl.where(s < S, column, WIDTH)
+            filters = _filter_load(w, g, c, k0, C, K, column, TRANSPOSED)
+            acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
+            if BLOCK_K2:
+                below = BLOCK_K
+                if SHIFT:
+                    below = 0
+                    column = tl.where(s > 0, (tap - TAP_S) * width + beside, WIDTH)
+                filters = _filter_load(w2, g, c, k0 + below, C, K, column, TRANSPOSED)
+                acc2 = tl.dot(filters, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+            c, s, r = _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
+            if small:
+                step, wrap, x_parts, w_parts = _next_product(step, steps, x_parts, w_parts)
+                c = tl.where(wrap, c_first, c)
+                s = tl.where(wrap, s_first, s)
+                r = tl.where(wrap, r_first, r)
+        if small:
+            acc = _without_infinities(acc)
+            if BLOCK_K2:
+                acc2 = _without_infinities(acc2)
     if SPLITS > 1:
         if shares > 1:
             i = tl.arange(0, PIXELS)
@@ -204,6 +260,14 @@ def fprop_box(
             y2, acc2.to(OUT), k1, g, n, p, q + SHIFT, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
             GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
         )  # fmt: skip
+
+
+@triton.jit
+def _filter_load(w, g, c, k0, C, K, column, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        return w.load([g * C + c, column + k0]).T
+    else:
+        return w.load([g * K + k0, column + c])
 
 
 @triton.jit
@@ -295,6 +359,7 @@ def fprop_gather(
     stride_wg,
     stride_wk,
     stride_wt,  # from one tap to the next
+    stride_wp,  # from one part to the next
     stride_wc,
     stride_yn,
     stride_yp,
@@ -317,6 +382,7 @@ def fprop_gather(
     ACTIVATION: tl.constexpr,
     FLAT: tl.constexpr,  # depth is (r, s, c) flattened: few channels would leave a block of c mostly empty
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,  # of x, GROUPS * C channels apart, and of w
     ACC: tl.constexpr,
     OUT: tl.constexpr,
     INDEX: tl.constexpr,  # tl.int64 where an offset inside one image or filter can pass 2^31
@@ -343,6 +409,7 @@ def fprop_gather(
     inside_k = k < K
     x_rows = x + (g.to(tl.int64) * C * stride_xc + pixel_x)
     w_rows = w + (g.to(tl.int64) * stride_wg + k.to(tl.int64) * stride_wk)
+    x_part = GROUPS * C * stride_xc
     acc = tl.zeros((BLOCK_K, PIXELS), ACC)
     if FLAT:
         for d0 in tl.range(0, R * S * C, BLOCK_C):
@@ -355,10 +422,15 @@ def fprop_gather(
             v = w0[:, None] + s[None, :] * DIL_W
             inside = (h >= 0) & (h < H) & (v >= 0) & (v < W) & inside_y[:, None] & (r < R)[None, :]
             shift = (r * DIL_H).to(INDEX) * stride_xh + (s * DIL_W).to(INDEX) * stride_xw + c.to(INDEX) * stride_xc
-            pixels = tl.load(x_rows[:, None] + shift[None, :], mask=inside, other=0.0)
             column = (TAP_0 + r * TAP_R + s * TAP_S).to(INDEX) * stride_wt + c.to(INDEX) * stride_wc
-            filters = tl.load(w_rows[:, None] + column[None, :], mask=inside_k[:, None] & (r < R)[None, :], other=0.0)
-            acc = tl.dot(filters, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
+            x_at, w_at = x_rows[:, None] + shift[None, :], w_rows[:, None] + column[None, :]
+            inside_w = inside_k[:, None] & (r < R)[None, :]
+            if PARTS == 1:
+                pixels = tl.load(x_at, mask=inside, other=0.0)
+                filters = tl.load(w_at, mask=inside_w, other=0.0)
+                acc = tl.dot(filters, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                acc += _dot_parts(w_at, inside_w, stride_wp, x_at, inside, x_part, PARTS, ACC)
     else:
         x_ptrs = x_rows[:, None] + d.to(INDEX)[None, :] * stride_xc
         w_ptrs = w_rows[:, None] + d.to(INDEX)[None, :] * stride_wc
@@ -369,12 +441,15 @@ def fprop_gather(
             inside = inside_y & (h >= 0) & (h < H) & (v >= 0) & (v < W)
             inside_c = d < C - c
             shift = tl.cast(r * DIL_H, INDEX) * stride_xh + tl.cast(s * DIL_W, INDEX) * stride_xw
-            pixels = tl.load(
-                x_ptrs + (shift + tl.cast(c, INDEX) * stride_xc), mask=inside[:, None] & inside_c[None, :], other=0.0
-            )
             column = tl.cast(TAP_0 + r * TAP_R + s * TAP_S, INDEX) * stride_wt + tl.cast(c, INDEX) * stride_wc
-            filters = tl.load(w_ptrs + column, mask=inside_k[:, None] & inside_c[None, :], other=0.0)
-            acc = tl.dot(filters, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
+            x_at, w_at = x_ptrs + (shift + tl.cast(c, INDEX) * stride_xc), w_ptrs + column
+            inside_x, inside_w = inside[:, None] & inside_c[None, :], inside_k[:, None] & inside_c[None, :]
+            if PARTS == 1:
+                pixels = tl.load(x_at, mask=inside_x, other=0.0)
+                filters = tl.load(w_at, mask=inside_w, other=0.0)
+                acc = tl.dot(filters, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                acc += _dot_parts(w_at, inside_w, stride_wp, x_at, inside_x, x_part, PARTS, ACC)
             c, s, r = _next_tap(c, s, r, 0, S, C, BLOCK_C)
     acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
     pixel_y = n * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
@@ -387,8 +462,8 @@ def fprop_gather(
 # BLOCK_K2 more filters, and a second tap, share what is loaded: up to four products a step.
 @triton.jit
 def wgrad_box(
-    x,  # descriptor of [N, H, W, (GROUPS,) C]; with PIXEL of [N, H * W * GROUPS * C], box [BOX_N, BLOCK_C]
-    dy,  # descriptor of [N, P, Q, (GROUPS,) K]; with PIXEL of [N, P * Q * GROUPS * K], box [BOX_N, BLOCK_K]
+    x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C]; with PIXEL of [N, all of an image], box [BOX_N, BLOCK_C]
+    dy,  # descriptor of [N, P, Q, (PARTS * GROUPS,) K]; with PIXEL of [N, all of an image], box [BOX_N, BLOCK_K]
     dy2,  # the same with a box of BLOCK_K2 filters, or None
     dw,  # pointer to [SPLITS, GROUPS * K, R * S, C]
     N,
@@ -415,6 +490,7 @@ def wgrad_box(
     TAPS: tl.constexpr,  # 1 or 2
     PIXEL: tl.constexpr,  # one pixel of BOX_N images: no box straddles an edge, so both operands are matrices
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,  # of x and dy
     ACC: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -424,6 +500,8 @@ def wgrad_box(
     BLOCK_C: tl.constexpr,
 ):
     ROWS: tl.constexpr = BLOCK_K + BLOCK_K2
+    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    PLANES: tl.constexpr = GROUPS * PARTS
     t = tl.program_id(0)
     n_c = tl.cdiv(C, BLOCK_C)
     n_k = tl.cdiv(K, ROWS)
@@ -455,9 +533,10 @@ def wgrad_box(
     steps = n_n * tl.maximum(q_hi - q_lo, 0) * tl.maximum(p_hi - p_lo, 0)
     share = tl.cdiv(steps, SPLITS)
     begin = split * share
-    n = (begin % n_n) * BOX_N
-    q = q_lo + (begin // n_n) % n_q
-    p = p_lo + begin // n_n // n_q
+    steps = tl.maximum(tl.minimum(share, steps - begin), 0)
+    n_first = (begin % n_n) * BOX_N
+    q_first = q_lo + (begin // n_n) % n_q
+    p_first = p_lo + begin // n_n // n_q
     acc = tl.zeros((BLOCK_K, BLOCK_C), ACC)
     if BLOCK_K2:
         low = tl.zeros((BLOCK_K2, BLOCK_C), ACC)
@@ -465,40 +544,58 @@ def wgrad_box(
         acc2 = tl.zeros((BLOCK_K, BLOCK_C), ACC)
         if BLOCK_K2:
             low2 = tl.zeros((BLOCK_K2, BLOCK_C), ACC)
-    for _ in tl.range(begin, tl.minimum(begin + share, steps)):
-        grad = _pixel_load(
-            dy, n, p * BOX_H, q * BOX_W, g, k0, K, pitch_yp, pitch_yq, GROUPS, PIXEL, BOX_N * BOX_H * BOX_W, BLOCK_K
-        )
-        h = p * stride_h * BOX_H + h_tap
-        w = q * stride_w * BOX_W + w_tap
-        m = n
-        if TAPS == 2 and PIXEL:  # no box, so no border: images from N on read as zero
-            m = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), n, N)
-        box = _pixel_load(x, m, h, w, g, c0, C, pitch_xh, pitch_xw, GROUPS, PIXEL, BOX_N * BOX_H * BOX_W, BLOCK_C)
-        acc = tl.dot(grad.T, box, acc, input_precision=PRECISION, out_dtype=ACC)
-        if BLOCK_K2:
-            grad2 = _pixel_load(
-                dy2, n, p * BOX_H, q * BOX_W, g, k0 + BLOCK_K, K, pitch_yp, pitch_yq, GROUPS, PIXEL,
-                BOX_N * BOX_H * BOX_W, BLOCK_K2,
-            )  # fmt: skip
-            low = tl.dot(grad2.T, box, low, input_precision=PRECISION, out_dtype=ACC)
-        if TAPS == 2:
-            h = p * stride_h * BOX_H + h_tap2
-            w = q * stride_w * BOX_W + w_tap2
-            m = n
-            if PIXEL:
-                m = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), n, N)
-            box = _pixel_load(x, m, h, w, g, c0, C, pitch_xh, pitch_xw, GROUPS, PIXEL, BOX_N * BOX_H * BOX_W, BLOCK_C)
-            acc2 = tl.dot(grad.T, box, acc2, input_precision=PRECISION, out_dtype=ACC)
+    for small in tl.static_range(PARTS > 1, -1, -1):
+        n, q, p = n_first, q_first, p_first
+        products, x_parts, y_parts = _small_products(PARTS if small else 1)
+        step = 0
+        for _ in tl.range(0, steps * products if small else steps):
+            i = p * BOX_H
+            j = q * BOX_W
+            plane = g + (y_parts & 3) * GROUPS if small else g
+            grad = _pixel_load(dy, n, i, j, plane, k0, K, pitch_yp, pitch_yq, PLANES, PIXEL, PIXELS, BLOCK_K)
             if BLOCK_K2:
-                low2 = tl.dot(grad2.T, box, low2, input_precision=PRECISION, out_dtype=ACC)
-        n += BOX_N
-        wrap = n >= N
-        n = tl.where(wrap, 0, n)
-        q = tl.where(wrap, q + 1, q)
-        wrap = q >= q_hi
-        q = tl.where(wrap, q_lo, q)
-        p = tl.where(wrap, p + 1, p)
+                k1 = k0 + BLOCK_K
+                grad2 = _pixel_load(dy2, n, i, j, plane, k1, K, pitch_yp, pitch_yq, PLANES, PIXEL, PIXELS, BLOCK_K2)
+            h = i * stride_h + h_tap
+            w = j * stride_w + w_tap
+            m = n
+            if TAPS == 2 and PIXEL:  # no box, so no border: images from N on read as zero
+                m = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), n, N)
+            plane = g + (x_parts & 3) * GROUPS if small else g
+            box = _pixel_load(x, m, h, w, plane, c0, C, pitch_xh, pitch_xw, PLANES, PIXEL, PIXELS, BLOCK_C)
+            acc = tl.dot(grad.T, box, acc, input_precision=PRECISION, out_dtype=ACC)
+            if BLOCK_K2:
+                low = tl.dot(grad2.T, box, low, input_precision=PRECISION, out_dtype=ACC)
+            if TAPS == 2:
+                h = i * stride_h + h_tap2
+                w = j * stride_w + w_tap2
+                m = n
+                if PIXEL:
+                    m = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), n, N)
+                box = _pixel_load(x, m, h, w, plane, c0, C, pitch_xh, pitch_xw, PLANES, PIXEL, PIXELS, BLOCK_C)
+                acc2 = tl.dot(grad.T, box, acc2, input_precision=PRECISION, out_dtype=ACC)
+                if BLOCK_K2:
+                    low2 = tl.dot(grad2.T, box, low2, input_precision=PRECISION, out_dtype=ACC)
+            n += BOX_N
+            wrap = n >= N
+            n = tl.where(wrap, 0, n)
+            q = tl.where(wrap, q + 1, q)
+            wrap = q >= q_hi
+            q = tl.where(wrap, q_lo, q)
+            p = tl.where(wrap, p + 1, p)
+            if small:
+                step, wrap, x_parts, y_parts = _next_product(step, steps, x_parts, y_parts)
+                n = tl.where(wrap, n_first, n)
+                q = tl.where(wrap, q_first, q)
+                p = tl.where(wrap, p_first, p)
+        if small:
+            acc = _without_infinities(acc)
+            if BLOCK_K2:
+                low = _without_infinities(low)
+            if TAPS == 2:
+                acc2 = _without_infinities(acc2)
+                if BLOCK_K2:
+                    low2 = _without_infinities(low2)
     c = c0 + tl.arange(0, BLOCK_C)
     first = dw + (split * GROUPS + g).to(tl.int64) * K * (R * S) * C
     _store_filters(first, acc, k0, K, c, C, tap, R * S, BLOCK_K)
@@ -571,6 +668,7 @@ def wgrad_gather(
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,  # of x and dy, GROUPS * C and GROUPS * K channels apart
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -606,11 +704,18 @@ def wgrad_gather(
         w = (q * STRIDE_W)[:, None] + w_tap[None, :]
         inside = (n < N)[:, None] & inside_d[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         pixel = n * stride_xn + (p * STRIDE_H).to(INDEX) * stride_xh + (q * STRIDE_W).to(INDEX) * stride_xw
-        patch = tl.load(x + pixel[:, None] + column[None, :], mask=inside, other=0.0)
+        patches = x + pixel[:, None] + column[None, :]
         pixel_y = n * stride_yn + p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
-        # Loaded as it is multiplied: turned afterwards, Triton fetches it through registers on sm_80.
-        grad = tl.load(grads + pixel_y[None, :], mask=inside_k[:, None] & (n < N)[None, :], other=0.0)
-        acc = tl.dot(grad, patch, acc, input_precision=PRECISION, out_dtype=ACC)
+        inside_y = inside_k[:, None] & (n < N)[None, :]
+        # Read as it is multiplied: turned afterwards, Triton fetches it through registers on sm_80.
+        grad_at = grads + pixel_y[None, :]
+        if PARTS == 1:
+            patch = tl.load(patches, mask=inside, other=0.0)
+            grad = tl.load(grad_at, mask=inside_y, other=0.0)
+            acc = tl.dot(grad, patch, acc, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            x_part, y_part = GROUPS * C * stride_xc, GROUPS * K * stride_yk
+            acc += _dot_parts(grad_at, inside_y, y_part, patches.T, inside.T, x_part, PARTS, ACC)
     rows = ((split * GROUPS + g).to(tl.int64) * K + k) * (R * S * C)
     inside = inside_k[:, None] & inside_d[None, :]
     tl.store(dw + rows[:, None] + d[None, :], acc.to(dw.dtype.element_ty), mask=inside)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tileconv.kernels import checks
+from tileconv.kernels import checks, fp32
 
 IntOrPair = int | Sequence[int]
 _scope = threading.local()  # not a ContextVar: torch.compile cannot trace one
@@ -38,10 +38,13 @@ def invariance(wanted: bool | None) -> bool:
     return checks.flag("batch_invariant", wanted)
 
 
-def fp32_precision(wanted: str | None, input: torch.Tensor, operation: str) -> str:
-    """ "ieee" or "tf32": what is wanted, or what PyTorch would do for `operation` ("conv" or "matmul") there."""
+def fp32_precision(
+    wanted: str | None, input: torch.Tensor, operation: str, allowed: Sequence[str] = checks.PRECISIONS
+) -> str:
+    """What is wanted, or "ieee" or "tf32" as PyTorch would do for `operation` ("conv" or "matmul") there."""
     if wanted is not None:
-        checks.choice("precision", wanted, checks.PRECISIONS)
+        checks.choice("precision", wanted, allowed)
+        fp32.multiplied(input.dtype, wanted)  # raises for what is no fp32 tensor
         return wanted
     if input.dtype != torch.float32 or input.device.type != "cuda":
         return "ieee"

@@ -34,8 +34,11 @@ def conv2d(
 
     padding: an int, a pair, "valid" (none) or "same" (P = H; stride 1 only, the odd element after the image).
     activation: None or "relu".
-    precision: of fp32 products, "ieee" or "tf32" (10-bit mantissas, tensor cores); None does as PyTorch: on CUDA what
-    torch.backends.cudnn.conv.fp32_precision says, on the CPU "ieee".  Sums are fp32 (fp64 for fp64).
+    precision: of fp32 products.  "ieee" is fp32's own; the others run on tensor cores: "tf32" (10-bit mantissas), and
+    for fp32 tensors alone "bf16x3" (16 bits) and "bf16x6" (24 bits, so fp32's accuracy), which add up three or six
+    products of bf16 parts; kernels/fp32.py says how large their errors are.  None does as PyTorch: on CUDA what
+    torch.backends.cudnn.conv.fp32_precision says, on the CPU "ieee".  Depthwise layers, bound by memory, are computed
+    as with "ieee" whatever it is.  Sums are fp32 (fp64 for fp64).
     batch_invariant: whether a sample's result and its input's gradient have the same bits in a batch of any size; None
     does as the surrounding functional.batch_invariant says, else no.
 

@@ -31,8 +31,8 @@ def locally_connected2d(
                         weight[p, q, k, c, r, s] * x[n, c, p * stride + r * dilation - padding, ...]
 
     so weight[p, q] is what conv2d would take, and P and Q are conv2d's.  No call repacks filters whose memory is in the
-    order P Q K R S C, as LocallyConnected2d keeps them.  precision as in conv2d.  The result is channels_last if input
-    is, else contiguous.  Raises TypeError or ValueError that names the argument.
+    order P Q K R S C, as LocallyConnected2d keeps them.  precision, "ieee" or "tf32", as in conv2d.  The result is
+    channels_last if input is, else contiguous.  Raises TypeError or ValueError that names the argument.
     """
     batched = checks.image("input", input)
     batched, weight, bias = autocast(batched, weight, bias)
@@ -56,7 +56,7 @@ def locally_connected2d(
     if bias is not None:
         _check_bias(bias, batched, problem.y_shape[1:])
     output: torch.Tensor = autograd.locally_connected2d(
-        batched, weight, bias, stride, edges, dilation, fp32_precision(precision, batched, "conv"),
+        batched, weight, bias, stride, edges, dilation, fp32_precision(precision, batched, "conv", ("ieee", "tf32")),
         layout.is_channels_last(batched),
     )  # fmt: skip
     return output if input.dim() == 4 else output.squeeze(0)

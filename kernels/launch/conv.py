@@ -9,9 +9,9 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tileconv.kernels import layout, tiles
+from tileconv.kernels import fp32, layout, tiles
 from tileconv.kernels.device import conv as device
-from tileconv.kernels.geometry import Conv2dProblem, Filters
+from tileconv.kernels.geometry import Conv2dProblem, DgradPart, Filters
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch import depthwise, runs
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
@@ -26,6 +26,7 @@ from tileconv.kernels.launch.descriptors import (
 from tileconv.kernels.launch.layout import plan_depth_to_space, plan_space_to_depth
 from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.launch.pointwise import plan_add_slices
+from tileconv.kernels.launch.split import plan_split
 
 
 def plan_fprop(
@@ -36,43 +37,52 @@ def plan_fprop(
     y: torch.Tensor,
     *,
     gpu: GPU,
-    filters: Filters | None = None,
     activation: str | None = None,
     precision: str = "ieee",
     batch_invariant: bool = False,
 ) -> list[Launch]:
-    """The launches that write y [N, K, P, Q] from x [N, C, H, W] and w, the layer's own filters [K, C/groups, R, S].
+    """The launches that write y [N, K, P, Q] from x [N, C, H, W] and w [K, C/groups, R, S].
 
-    `filters` says how the problem reads them: dgrad runs on the filters of fprop, transposed.  Strides of x and y are
-    free; a formulation that needs descriptors copies an operand that they cannot address.
+    Strides of x and y are free; a formulation that needs descriptors copies an operand that they cannot address.
     """
-    if filters is None and _depthwise(problem):
+    if _depthwise(problem):
         return depthwise.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation)
-    if filters is None and (first := runs.prepare(problem, "fprop", x, precision, gpu=gpu)):
+    if first := runs.prepare(problem, "fprop", x, precision, gpu=gpu):
         rows, image, before = first
         return before + runs.plan_fprop(
             rows, image, w, bias, y, gpu=gpu, activation=activation, precision=precision,
             batch_invariant=batch_invariant,
         )  # fmt: skip
-    filters = filters or problem.filters
-    if tiles.first_layer(problem, "dgrad" if filters.transposed else "fprop", x.dtype, gpu):
+    if tiles.first_layer(problem, "fprop", x.dtype, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
         w, filters_to_blocks = _filters_to_depth(problem, w, gpu)
         rest = plan_fprop(
             blocks, x, w, bias, y, gpu=gpu, activation=activation, precision=precision, batch_invariant=batch_invariant
         )
         return [to_blocks, filters_to_blocks, *rest]
+    x, w, splits = _in_parts(x, w, precision, gpu)
+    settings: dict[str, Any] = {"activation": activation, "precision": precision, "batch_invariant": batch_invariant}
+    return [*splits, *_plan_product(problem, problem.filters, x, w, bias, y, gpu=gpu, **settings)]
+
+
+def _plan_product(
+    problem: Conv2dProblem, filters: Filters, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
+    y: torch.Tensor, *, gpu: GPU, activation: str | None, precision: str, batch_invariant: bool,
+) -> list[Launch]:  # fmt: skip
+    """The launches of plan_fprop's products; x and w are in parts if `precision` splits them.
+
+    `filters` says how the problem reads w, the layer's own: dgrad runs on the filters of fprop, transposed.
+    """
     pass_ = "dgrad" if filters.transposed else "fprop"
-    tile = tiles.choose(problem, pass_, x.dtype, precision, gpu, batch_invariant=batch_invariant)
+    tile = tiles.choose(problem, pass_, y.dtype, precision, gpu, batch_invariant=batch_invariant)
     common: dict[str, Any] = {
         "bias": bias, "N": problem.N, "H": problem.H, "W": problem.W, "P": problem.P, "Q": problem.Q,
         "C": problem.group_channels, "K": problem.group_filters,
         **strides("y", y, "nkpq"), "pad_h": problem.padding[0][0], "pad_w": problem.padding[1][0],
         "R": problem.R, "S": problem.S, "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
         "GROUPS": problem.groups, "TAP_0": filters.first, "TAP_R": filters.step_r, "TAP_S": filters.step_s,
-        "HAS_BIAS": bias is not None, "ACTIVATION": activation, "PRECISION": precision,
-        "ACC": accumulator(x.dtype), "OUT": TRITON_TYPE[y.dtype],
-        "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+        "HAS_BIAS": bias is not None, "ACTIVATION": activation, **_arithmetic(x.dtype, precision),
+        "OUT": TRITON_TYPE[y.dtype], "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
     if tile.formulation == "gather":
         return [_plan_gather(problem, filters, tile, x, w, y, common)]
@@ -83,7 +93,7 @@ def plan_dgrad(
     problem: Conv2dProblem, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, *, gpu: GPU, precision: str = "ieee",
     batch_invariant: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """The launches that write dx, one for each residue of the input pixel: fprop on the rephrased problems."""
+    """The launches that write dx."""
     if _depthwise(problem):
         return depthwise.plan_dgrad(problem, dy, w, dx, gpu=gpu)
     return plan_transpose(problem, dy, w, None, dx, gpu=gpu, precision=precision, batch_invariant=batch_invariant)
@@ -92,16 +102,20 @@ def plan_dgrad(
 def plan_transpose(
     problem: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, *, gpu: GPU,
     activation: str | None = None, precision: str = "ieee", batch_invariant: bool = False,
+    only: DgradPart | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """As plan_dgrad, from x [N, K, P, Q] to y [N, C, H, W] of the problem, with a bias [C] and an activation."""
-    return [
-        launch
-        for part in problem.dgrad
-        for launch in plan_fprop(
-            part.problem, x, w, bias, y[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
-            gpu=gpu, filters=part.filters, activation=activation, precision=precision, batch_invariant=batch_invariant,
-        )
-    ]  # fmt: skip
+    """As plan_dgrad, from x [N, K, P, Q] to y [N, C, H, W] of the problem, with a bias [C] and an activation.
+
+    That is fprop on the rephrased problems, one for each residue of the input pixel, or on `only` one of them.
+    """
+    x, w, launches = _in_parts(x, w, precision, gpu)
+    for part in problem.dgrad if only is None else (only,):
+        residue = y[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]]
+        launches += _plan_product(
+            part.problem, part.filters, x, w, bias, residue, gpu=gpu, activation=activation, precision=precision,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
+    return launches
 
 
 def plan_wgrad(
@@ -118,7 +132,8 @@ def plan_wgrad(
         blocked = scratch(layout.empty_image(blocks.w_shape, dw, channels_last=True))
         last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
         return [to_blocks, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
-    tile = tiles.choose(problem, "wgrad", x.dtype, precision, gpu)
+    x, dy, splits = _in_parts(x, dy, precision, gpu)
+    tile = tiles.choose(problem, "wgrad", dw.dtype, precision, gpu)
     matrix = dw.permute(0, 2, 3, 1)
     parts = matrix if tile.splits == 1 else _slices(tile.splits, dw)
     arguments: dict[str, Any] = {
@@ -126,7 +141,7 @@ def plan_wgrad(
         "C": problem.group_channels, "K": problem.group_filters,
         "pad_h": problem.padding[0][0], "pad_w": problem.padding[1][0], "R": problem.R, "S": problem.S,
         "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1], "GROUPS": problem.groups, "SPLITS": tile.splits,
-        "PRECISION": precision, "ACC": accumulator(x.dtype), "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+        **_arithmetic(x.dtype, precision), "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
     columns = problem.group_channels
     if tile.formulation == "gather":
@@ -138,12 +153,13 @@ def plan_wgrad(
         }  # fmt: skip
     else:
         kernel = device.wgrad_box
-        x, dy = for_descriptor(x, problem.groups), for_descriptor(dy, problem.groups)
+        planes = problem.groups * fp32.parts(precision)
+        x, dy = for_descriptor(x, planes), for_descriptor(dy, planes)
         describe = row_descriptor if tile.formulation == "pixel" else image_descriptor
         arguments |= {
-            "x": describe(x, problem.groups, tile.box, tile.block_c),
-            "dy": describe(dy, problem.groups, tile.box, tile.block_k),
-            "dy2": describe(dy, problem.groups, tile.box, tile.block_k2) if tile.block_k2 else None,
+            "x": describe(x, planes, tile.box, tile.block_c),
+            "dy": describe(dy, planes, tile.box, tile.block_k),
+            "dy2": describe(dy, planes, tile.box, tile.block_k2) if tile.block_k2 else None,
             "TAPS": tile.taps, "BLOCK_K2": tile.block_k2,
             "pitch_xh": x.stride(2), "pitch_xw": x.stride(3), "pitch_yp": dy.stride(2), "pitch_yq": dy.stride(3),
             "stride_h": problem.stride[0], "stride_w": problem.stride[1], "PIXEL": tile.formulation == "pixel",
@@ -152,8 +168,28 @@ def plan_wgrad(
     taps = 1 if tile.formulation == "gather" else triton.cdiv(problem.taps, tile.taps)
     blocks = triton.cdiv(columns, tile.block_c) * triton.cdiv(problem.group_filters, tile.rows)
     programs = blocks * taps * problem.groups * tile.splits
-    launches = [Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
+    launches = [*splits, Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]
+
+
+def _in_parts(
+    a: torch.Tensor, b: torch.Tensor, precision: str, gpu: GPU
+) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
+    """Both operands of a product, and the launches that split them if `precision` asks for it.
+
+    Filters are split in every call: they are small, and a call cannot see whether they have changed.
+    """
+    if fp32.parts(precision) == 1:
+        return a, b, []
+    a, first = plan_split(a, precision, gpu=gpu)
+    b, second = plan_split(b, precision, gpu=gpu)
+    return a, b, [first, second]
+
+
+def _arithmetic(dtype: torch.dtype, precision: str) -> dict[str, Any]:
+    """How operands of `dtype` are multiplied and summed: parts are plain bf16 to the tensor cores."""
+    parts = fp32.parts(precision)
+    return {"PRECISION": precision if parts == 1 else "ieee", "PARTS": parts, "ACC": accumulator(dtype)}
 
 
 def _depthwise(problem: Conv2dProblem) -> bool:
@@ -195,6 +231,7 @@ def _plan_box(
         box = (tile.block_c, rows) if transposed else (rows, tile.block_c)
         return matrix_descriptor(matrix, box) if rows else None
 
+    planes = problem.groups * common["PARTS"]
     store_box = describable(y, problem.groups)
 
     def output_box(rows: int) -> TensorDescriptor | torch.Tensor | None:
@@ -211,7 +248,7 @@ def _plan_box(
     where = {"FULL": programs - shared, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
              "BOX_W": tile.box[2], "SHIFT": int(tile.shift)}  # fmt: skip
     arguments = common | where | {
-        "x": image_descriptor(for_descriptor(x, problem.groups), problem.groups, tile.box, tile.block_c),
+        "x": image_descriptor(for_descriptor(x, planes), planes, tile.box, tile.block_c),
         "w": filter_box(tile.block_k), "w2": filter_box(tile.block_k2),
         "y": output_box(tile.block_k), "y2": output_box(tile.block_k2), "parts": parts,
         "stride_h": problem.stride[0], "stride_w": problem.stride[1],
@@ -247,9 +284,8 @@ def _plan_gather(
         "x": x, "w": matrix, "y": y,
         **strides("x", x, "nchw"),
         "stride_wg": w.shape[0] // problem.groups * pitch, "stride_wk": rows, "stride_wt": channels,
-        "stride_wc": depth, "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
-        "FLAT": tile.flat, "INDEX": index_type(x, w, y),
-        "PIXELS": tile.pixels, **common,
+        "stride_wp": channels // common["PARTS"], "stride_wc": depth, "STRIDE_H": problem.stride[0],
+        "STRIDE_W": problem.stride[1], "FLAT": tile.flat, "INDEX": index_type(x, w, y), "PIXELS": tile.pixels, **common,
     }  # fmt: skip
     pixels = problem.N * problem.P * problem.Q
     programs = triton.cdiv(pixels, tile.pixels) * problem.groups * triton.cdiv(problem.group_filters, tile.block_k)
