@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tileconv.kernels as tk
 from tileconv.kernels import tiles
-from tileconv.kernels.launch import plans
+from tileconv.kernels.launch import descriptors, plans
 from tileconv.kernels.launch.common import Launch
 
 CHANNELS_LAST = torch.channels_last
@@ -38,6 +38,8 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def planned(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts of descriptors made from scratch, of layouts planned and of launches, which do nothing."""
     counts = {"descriptors": 0, "layouts": 0, "launches": 0}
+    for described in (descriptors._image, descriptors._rows, descriptors._matrix):
+        described.cache_clear()  # what earlier tests had described
     check = TensorDescriptor.__post_init__
 
     def count(name: str) -> None:

@@ -1,5 +1,6 @@
 """What a person installs: the wheel's contents, its import from there, the command, and the README's example."""
 
+import os
 import re
 import stat
 import subprocess
@@ -20,7 +21,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=120)
+    # A command does not know that it is started by one of pytest's parallel workers: benchmarks would not measure there.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command_line = [str(part) for part in command]
+    return subprocess.run(command_line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")

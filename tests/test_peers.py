@@ -117,13 +117,16 @@ def test_flaggems_kernels_are_compiled_where_it_is_installed(package: Path, monk
 
 @pytest.mark.slow
 def test_ours_are_ahead_of_inductors_on_modelled_time() -> None:
-    todo = cases("alexnet", 128, passes=("fprop", "dgrad", "wgrad"), layers=[f"conv{i}" for i in range(1, 6)])
+    # Of AlexNet's 14 those where the peer comes nearest, and one backward pass; each costs 8 s of compiling.
+    todo = [
+        Case("alexnet", *which, 128, "fp16") for which in (("conv3", "fprop"), ("conv5", "fprop"), ("conv5", "dgrad"))
+    ]
     ours = {
         c.first.case: c
         for c in case_sums(from_data(Inspection, r, "row") for r in inspect.inspect_all(todo, ["sm_90"]))
     }
     theirs = [from_data(Inspection, row, "row") for row in peers.inspect_peers(todo, ["sm_90"])]
-    assert len([row for row in theirs if row.kernel.startswith("Inductor")]) == len(todo) == 14
+    assert len([row for row in theirs if row.kernel.startswith("Inductor")]) == len(todo) == 3
     behind = []
     for row in theirs:
         mine = ours[row.case].modelled_us
