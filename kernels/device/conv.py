@@ -219,14 +219,14 @@ def fprop_box(
             column = tap * width + beside
             if SHIFT:  # a tap that the filters do not have lies beyond the matrix, and so is zero
                 column = tl.where(s < S, column, WIDTH)
-            filters = _filter_load(w, g, c, k0, C, K, column, TRANSPOSED)
+            filters = _filter_load(w, g, c, k0, 0, C, K, column, TRANSPOSED)
             acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
             if BLOCK_K2:
                 below = BLOCK_K
                 if SHIFT:
                     below = 0
                     column = tl.where(s > 0, (tap - TAP_S) * width + beside, WIDTH)
-                filters = _filter_load(w2, g, c, k0 + below, C, K, column, TRANSPOSED)
+                filters = _filter_load(w2, g, c, k0, below, C, K, column, TRANSPOSED)
                 acc2 = tl.dot(filters, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
             c, s, r = _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
             if small:
@@ -263,11 +263,12 @@ def fprop_box(
 
 
 @triton.jit
-def _filter_load(w, g, c, k0, C, K, column, TRANSPOSED: tl.constexpr):
+def _filter_load(w, g, c, k0, below, C, K, column, TRANSPOSED: tl.constexpr):
+    # In this order: (k0 + below) + column makes 64 x (128 + 64) tiles of one tap wait for every product.
     if TRANSPOSED:
-        return w.load([g * C + c, column + k0]).T
+        return w.load([g * C + c, column + k0 + below]).T
     else:
-        return w.load([g * K + k0, column + c])
+        return w.load([g * K + k0 + below, column + c])
 
 
 @triton.jit
