@@ -534,7 +534,8 @@ def wgrad_box(
     steps = n_n * tl.maximum(q_hi - q_lo, 0) * tl.maximum(p_hi - p_lo, 0)
     share = tl.cdiv(steps, SPLITS)
     begin = split * share
-    steps = tl.maximum(tl.minimum(share, steps - begin), 0)
+    end = tl.minimum(begin + share, steps)
+    steps = end - begin
     n_first = (begin % n_n) * BOX_N
     q_first = q_lo + (begin // n_n) % n_q
     p_first = p_lo + begin // n_n // n_q
@@ -549,7 +550,7 @@ def wgrad_box(
         n, q, p = n_first, q_first, p_first
         products, x_parts, y_parts = _small_products(PARTS if small else 1)
         step = 0
-        for _ in tl.range(0, steps * products if small else steps):
+        for _ in tl.range(begin, begin + steps * products if small else end):
             i = p * BOX_H
             j = q * BOX_W
             plane = g + (y_parts & 3) * GROUPS if small else g
