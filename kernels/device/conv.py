@@ -219,14 +219,14 @@ def fprop_box(
             column = tap * width + beside
             if SHIFT:  # a tap that the filters do not have lies beyond the matrix, and so is zero
                 column = tl.where(s < S, column, WIDTH)
-            filters = _filter_load(w, g, c, k0, C, K, column, TRANSPOSED)
+            filters = _filter_load(w, g, c, k0, 0, C, K, column, TRANSPOSED)
             acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
             if BLOCK_K2:
                 below = BLOCK_K
                 if SHIFT:
                     below = 0
                     column = tl.where(s > 0, (tap - TAP_S) * width + beside, WIDTH)
-                filters = _filter_load(w2, g, c, k0 + below, C, K, column, TRANSPOSED)
+                filters = _filter_load(w2, g, c, k0, below, C, K, column, TRANSPOSED)
                 acc2 = tl.dot(filters, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
             c, s, r = _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
             if small:
@@ -263,11 +263,12 @@ def fprop_box(
 
 
 @triton.jit
-def _filter_load(w, g, c, k0, C, K, column, TRANSPOSED: tl.constexpr):
+def _filter_load(w, g, c, k0, below, C, K, column, TRANSPOSED: tl.constexpr):
+    # In this order: (k0 + below) + column makes 64 x (128 + 64) tiles of one tap wait for every product.
     if TRANSPOSED:
-        return w.load([g * C + c, column + k0]).T
+        return w.load([g * C + c, column + k0 + below]).T
     else:
-        return w.load([g * K + k0, column + c])
+        return w.load([g * K + k0 + below, column + c])
 
 
 @triton.jit
@@ -533,7 +534,8 @@ def wgrad_box(
     steps = n_n * tl.maximum(q_hi - q_lo, 0) * tl.maximum(p_hi - p_lo, 0)
     share = tl.cdiv(steps, SPLITS)
     begin = split * share
-    steps = tl.maximum(tl.minimum(share, steps - begin), 0)
+    end = tl.minimum(begin + share, steps)
+    steps = end - begin
     n_first = (begin % n_n) * BOX_N
     q_first = q_lo + (begin // n_n) % n_q
     p_first = p_lo + begin // n_n // n_q
@@ -548,7 +550,7 @@ def wgrad_box(
         n, q, p = n_first, q_first, p_first
         products, x_parts, y_parts = _small_products(PARTS if small else 1)
         step = 0
-        for _ in tl.range(0, steps * products if small else steps):
+        for _ in tl.range(begin, begin + steps * products if small else end):
             i = p * BOX_H
             j = q * BOX_W
             plane = g + (y_parts & 3) * GROUPS if small else g
