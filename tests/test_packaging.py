@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    # A command does not know that it is started by one of pytest's parallel workers: benchmarks would not measure there.
+    # It must not know that one of parallel workers of pytest starts it: benchmarks would not measure there.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     command_line = [str(part) for part in command]
     return subprocess.run(command_line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
