@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tileconv.kernels import layout, tiles
 from tileconv.kernels.device import conv as device
-from tileconv.kernels.geometry import Conv2dProblem, Filters
+from tileconv.kernels.geometry import Conv2dProblem, DgradPart, Filters
 from tileconv.kernels.hardware import GPU
-from tileconv.kernels.launch import depthwise, runs
+from tileconv.kernels.launch import depthwise, padded, runs
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
 from tileconv.kernels.launch.descriptors import (
     aligned,
@@ -54,6 +55,13 @@ def plan_fprop(
             rows, image, w, bias, y, gpu=gpu, activation=activation, precision=precision,
             batch_invariant=batch_invariant,
         )  # fmt: skip
+    if filters is None and padded.applies(problem, "fprop", x.dtype, precision, gpu, batch_invariant=batch_invariant):
+        [(wide, _)] = padded.problems(problem, "fprop", x.dtype)
+        (x, image), (w, matrix) = padded.image(x, gpu), padded.image(w, gpu)
+        rest = plan_fprop(
+            wide, x, w, bias, y, gpu=gpu, activation=activation, precision=precision, batch_invariant=batch_invariant
+        )
+        return [*image, *matrix, *rest]
     filters = filters or problem.filters
     if tiles.first_layer(problem, "dgrad" if filters.transposed else "fprop", x.dtype, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
@@ -94,9 +102,15 @@ def plan_transpose(
     activation: str | None = None, precision: str = "ieee", batch_invariant: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """As plan_dgrad, from x [N, K, P, Q] to y [N, C, H, W] of the problem, with a bias [C] and an activation."""
-    return [
+    before: list[Launch] = []
+    parts: Sequence[DgradPart] = problem.dgrad
+    if padded.applies(problem, "dgrad", x.dtype, precision, gpu, batch_invariant=batch_invariant):
+        parts = padded.parts(problem, x.dtype)
+        (x, image), (w, matrix) = padded.image(x, gpu), padded.transposed_filters(w, gpu)
+        before = [*image, *matrix]
+    return before + [
         launch
-        for part in problem.dgrad
+        for part in parts
         for launch in plan_fprop(
             part.problem, x, w, bias, y[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
             gpu=gpu, filters=part.filters, activation=activation, precision=precision, batch_invariant=batch_invariant,
@@ -118,17 +132,21 @@ def plan_wgrad(
         blocked = scratch(layout.empty_image(blocks.w_shape, dw, channels_last=True))
         last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
         return [to_blocks, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
+    if padded.applies(problem, "wgrad", x.dtype, precision, gpu):
+        [(problem, _)] = padded.problems(problem, "wgrad", x.dtype)
+        (x, image), (dy, grads) = padded.image(x, gpu), padded.image(dy, gpu)
+        return [*image, *grads, *plan_wgrad(problem, dy, x, dw, gpu=gpu, precision=precision)]
     tile = tiles.choose(problem, "wgrad", x.dtype, precision, gpu)
     matrix = dw.permute(0, 2, 3, 1)
     parts = matrix if tile.splits == 1 else _slices(tile.splits, dw)
+    filters, columns = dw.shape[0] // problem.groups, dw.shape[1]  # fewer than the problem's where operands are padded
     arguments: dict[str, Any] = {
         "dw": parts, "N": problem.N, "H": problem.H, "W": problem.W, "P": problem.P, "Q": problem.Q,
-        "C": problem.group_channels, "K": problem.group_filters,
+        "C": columns, "K": filters,
         "pad_h": problem.padding[0][0], "pad_w": problem.padding[1][0], "R": problem.R, "S": problem.S,
         "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1], "GROUPS": problem.groups, "SPLITS": tile.splits,
         "PRECISION": precision, "ACC": accumulator(x.dtype), "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
-    columns = problem.group_channels
     if tile.formulation == "gather":
         kernel: Any = device.wgrad_gather
         columns *= problem.taps
@@ -150,7 +168,7 @@ def plan_wgrad(
             "BOX_N": tile.box[0], "BOX_H": tile.box[1], "BOX_W": tile.box[2],
         }  # fmt: skip
     taps = 1 if tile.formulation == "gather" else triton.cdiv(problem.taps, tile.taps)
-    blocks = triton.cdiv(columns, tile.block_c) * triton.cdiv(problem.group_filters, tile.rows)
+    blocks = triton.cdiv(columns, tile.block_c) * triton.cdiv(filters, tile.rows)
     programs = blocks * taps * problem.groups * tile.splits
     launches = [Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]
