@@ -93,15 +93,7 @@ def _transposed(shape: Shape, pass_: str, s: Setting) -> list[Any]:
     planned: list[Any]
     if pass_ == "fprop":
         bias = s.empty(problem.C) if has_bias(shape) else None
-        return [
-            launch
-            for part in problem.dgrad
-            for launch in conv.plan_fprop(
-                part.problem, x, w, bias,
-                image[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]],
-                filters=part.filters, activation=shape.activation, **common,
-            )
-        ]  # fmt: skip
+        return conv.plan_transpose(problem, x, w, bias, image, activation=shape.activation, **common)
     if pass_ == "dgrad":
         planned = conv.plan_fprop(problem, image, w, None, x, **common)
     elif pass_ == "wgrad":

@@ -102,10 +102,10 @@ def problem_of(channels: int, filters: int) -> Conv2dProblem:
 
 @pytest.mark.parametrize(
     ("channels", "filters", "copies"),
-    [(255, 255, (2, 2, 2)), (256, 255, (0, 2, 1)), (255, 256, (2, 1, 1))],
+    [(255, 255, (2, 2, 3)), (256, 255, (0, 2, 2)), (255, 256, (2, 1, 2))],
     ids=["both odd", "filters odd", "channels odd"],
 )
-def test_only_odd_operands_are_copied(channels: int, filters: int, copies: tuple[int, ...]) -> None:
+def test_only_odd_operands_and_filters_are_copied(channels: int, filters: int, copies: tuple[int, ...]) -> None:
     problem = problem_of(channels, filters)
     x, w, y = (
         torch.empty(shape, dtype=torch.float16, device="meta", memory_format=CHANNELS_LAST)
@@ -125,9 +125,7 @@ def test_only_odd_operands_are_copied(channels: int, filters: int, copies: tuple
 
 def test_the_choice_for_all_batches_does_not_ask_for_the_batch() -> None:
     answers = {
-        padded.applies(
-            Conv2dProblem(n, 63, 7, 7, 64, 3, 3), "fprop", torch.float16, "ieee", H100, batch_invariant=True
-        )
+        padded.applies(Conv2dProblem(n, 63, 7, 7, 64, 3, 3), "fprop", torch.float16, "ieee", H100, batch_invariant=True)
         for n in (1, 8, 512)
     }
     assert len(answers) == 1

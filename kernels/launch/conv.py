@@ -57,11 +57,11 @@ def plan_fprop(
         )  # fmt: skip
     if filters is None and padded.applies(problem, "fprop", x.dtype, precision, gpu, batch_invariant=batch_invariant):
         [(wide, _)] = padded.problems(problem, "fprop", x.dtype)
-        (x, image), (w, matrix) = padded.image(x, gpu), padded.image(w, gpu)
+        (x, copy_x), (w, copy_w) = padded.image(x, gpu), padded.image(w, gpu)
         rest = plan_fprop(
             wide, x, w, bias, y, gpu=gpu, activation=activation, precision=precision, batch_invariant=batch_invariant
         )
-        return [*image, *matrix, *rest]
+        return [*copy_x, *copy_w, *rest]
     filters = filters or problem.filters
     if tiles.first_layer(problem, "dgrad" if filters.transposed else "fprop", x.dtype, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
@@ -106,8 +106,8 @@ def plan_transpose(
     parts: Sequence[DgradPart] = problem.dgrad
     if padded.applies(problem, "dgrad", x.dtype, precision, gpu, batch_invariant=batch_invariant):
         parts = padded.parts(problem, x.dtype)
-        (x, image), (w, matrix) = padded.image(x, gpu), padded.transposed_filters(w, gpu)
-        before = [*image, *matrix]
+        (x, copy_x), (w, copy_w) = padded.image(x, gpu), padded.transposed_filters(w, gpu)
+        before = [*copy_x, *copy_w]
     return before + [
         launch
         for part in parts
@@ -133,20 +133,22 @@ def plan_wgrad(
         last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
         return [to_blocks, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
     if padded.applies(problem, "wgrad", x.dtype, precision, gpu):
-        [(problem, _)] = padded.problems(problem, "wgrad", x.dtype)
-        (x, image), (dy, grads) = padded.image(x, gpu), padded.image(dy, gpu)
-        return [*image, *grads, *plan_wgrad(problem, dy, x, dw, gpu=gpu, precision=precision)]
+        [(wide, _)] = padded.problems(problem, "wgrad", x.dtype)
+        (x, copy_x), (dy, copy_dy) = padded.image(x, gpu), padded.image(dy, gpu)
+        more = scratch(layout.empty_image(wide.w_shape, dw, channels_last=True))
+        sums = plan_wgrad(wide, dy, x, more, gpu=gpu, precision=precision)
+        return [*copy_x, *copy_dy, *sums, padded.plan_narrow(more, dw, gpu=gpu)]
     tile = tiles.choose(problem, "wgrad", x.dtype, precision, gpu)
     matrix = dw.permute(0, 2, 3, 1)
     parts = matrix if tile.splits == 1 else _slices(tile.splits, dw)
-    filters, columns = dw.shape[0] // problem.groups, dw.shape[1]  # fewer than the problem's where operands are padded
     arguments: dict[str, Any] = {
         "dw": parts, "N": problem.N, "H": problem.H, "W": problem.W, "P": problem.P, "Q": problem.Q,
-        "C": columns, "K": filters,
+        "C": problem.group_channels, "K": problem.group_filters,
         "pad_h": problem.padding[0][0], "pad_w": problem.padding[1][0], "R": problem.R, "S": problem.S,
         "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1], "GROUPS": problem.groups, "SPLITS": tile.splits,
         "PRECISION": precision, "ACC": accumulator(x.dtype), "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
+    columns = problem.group_channels
     if tile.formulation == "gather":
         kernel: Any = device.wgrad_gather
         columns *= problem.taps
@@ -168,7 +170,7 @@ def plan_wgrad(
             "BOX_N": tile.box[0], "BOX_H": tile.box[1], "BOX_W": tile.box[2],
         }  # fmt: skip
     taps = 1 if tile.formulation == "gather" else triton.cdiv(problem.taps, tile.taps)
-    blocks = triton.cdiv(columns, tile.block_c) * triton.cdiv(filters, tile.rows)
+    blocks = triton.cdiv(columns, tile.block_c) * triton.cdiv(problem.group_filters, tile.rows)
     programs = blocks * taps * problem.groups * tile.splits
     launches = [Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]

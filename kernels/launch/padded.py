@@ -2,9 +2,10 @@
 
 A descriptor's rows start at multiples of 16 bytes, so 255 channels of fp16 are out of its reach, and pointers fetch
 them two bytes at a time.  Compiled for sm_90 that is about 280 instructions beside each product, and 12 beside those
-of 256 channels.  What is copied are the pass's inputs, along the channels that it sums over: beside its operands a pass
-takes the memory of one more x (fprop), dy (dgrad) or of both (wgrad), each only where its own count is odd, and of one
-more w.  Outputs are written where they lie: their kernels mask rows, and store by pointers what descriptors cannot.
+of 256 channels.  What is copied are the pass's inputs: beside its operands a pass takes the memory of one more x
+(fprop), dy (dgrad) or of both (wgrad), each only where its own count is odd, and of one more w.  Outputs y and dx are
+written where they lie, by pointers where no descriptor fits; dw, whose partial sums are written many times, is narrowed
+at the end: stored by pointers, its sums' addresses fill the registers.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def parts(problem: Conv2dProblem, dtype: torch.dtype) -> list[DgradPart]:
 
 
 def image(x: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
-    """x [N, C, H, W], any strides, or its copy in which C is a multiple of 16 bytes, and the launches that fill that."""
+    """x [N, C, H, W], any strides, or its copy in which C is a multiple of 16 bytes, and what fills that."""
     channels = _padded(x.shape[1], x.dtype)
     if channels == x.shape[1]:
         return x, []
@@ -83,6 +84,11 @@ def transposed_filters(w: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, list[La
     return copy, [plan_widen(turned.permute(0, 2, 3, 1), copy.permute(0, 2, 3, 1), gpu=gpu)]
 
 
+def plan_narrow(wide: torch.Tensor, dw: torch.Tensor, *, gpu: GPU) -> Launch:
+    """The launch that writes dw [K, C, R, S] (channels_last) from its filters and channels in `wide`."""
+    return plan_widen(wide[: dw.shape[0]].permute(0, 2, 3, 1), dw.permute(0, 2, 3, 1), gpu=gpu)
+
+
 def _padded(channels: int, dtype: torch.dtype) -> int:
     granule = 16 // dtype.itemsize
     return -(-channels // granule) * granule
@@ -93,9 +99,7 @@ def _quicker(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: 
     as_it_is = [(part.problem, pass_) for part in problem.dgrad] if pass_ == "dgrad" else [(problem, pass_)]
     pointers, boxes = (
         sum(
-            cost.predict(
-                own, as_, tiles.choose(own, as_, dtype, precision, gpu), dtype, precision, gpu
-            ).modelled_us
+            cost.predict(own, as_, tiles.choose(own, as_, dtype, precision, gpu), dtype, precision, gpu).modelled_us
             for own, as_ in found
         )
         for found in (as_it_is, problems(problem, pass_, dtype))
@@ -113,6 +117,5 @@ def _copied(problem: Conv2dProblem, pass_: str, dtype: torch.dtype) -> list[int]
         elements.append(x)
     if pass_ != "fprop" and filters != problem.K:
         elements.append(dy)
-    if pass_ != "wgrad":
-        elements.append(2 * math.prod(problem.w_shape))
+    elements.append(2 * math.prod(problem.w_shape))
     return [dtype.itemsize * count for count in elements]
