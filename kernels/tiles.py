@@ -347,6 +347,9 @@ def clean_candidates(
 def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     depth = 128 // dtype.itemsize
     found = []
+    # Outputs that no descriptor reaches take an address each: compiled for sm_90, 192 of a thread spill 150 times, and
+    # so do 64 where a second way out is for shared tiles.
+    odd = problem.group_filters * dtype.itemsize % 16 != 0
     rows_of = ((64, 0), (128, 0), (256, 0), (128, 64), (64, 64), (128, 128))
     for pixels, (block_k, block_k2) in itertools.product((64, 128, 256, 512), rows_of):
         rows, shift = block_k + block_k2, block_k == block_k2
@@ -363,9 +366,8 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
             continue
         if rows * pixels > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
             continue
-        warps = 4 if rows * pixels <= 24_576 else 8
-        # Outputs that no descriptor reaches take an address each: compiled for sm_90, 192 of a thread spill 150 times.
-        if problem.group_filters * dtype.itemsize % 16 and rows * pixels > 4096 * warps:
+        warps = 4 if rows * pixels <= (16_384 if odd else 24_576) else 8
+        if odd and rows * pixels > 32_768:
             continue
         stages = min(4, (gpu.shared_block - 2048) // ((rows + pixels) * 128))
         if stages < 2:
@@ -377,7 +379,7 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
             if stages == 4:  # fewer buffers may let one more program onto the SM
                 tile = replace(tile, num_stages=3)
                 found += [tile, *_shared_depth(problem, tile, gpu)]
-    return found
+    return [tile for tile in found if not (odd and tile.tail)]
 
 
 def _boxes(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:

@@ -24,6 +24,7 @@ from tileconv.kernels.launch.layout import plan_widen
 from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.run_tiles import TYPICAL_BATCH
 
+MULTIPLE = 16  # whole sectors of DRAM, and the divisor by which Triton specialises: descriptors need 16 bytes alone
 FEWEST = 16  # channels and filters: below, boxes of 64 channels would be mostly empty
 
 
@@ -69,7 +70,7 @@ def parts(problem: Conv2dProblem, dtype: torch.dtype) -> list[DgradPart]:
 
 
 def image(x: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
-    """x [N, C, H, W], any strides, or its copy in which C is a multiple of 16 bytes, and what fills that."""
+    """x [N, C, H, W], any strides, or its copy in which C is a multiple of 16, and what fills that."""
     channels = _padded(x.shape[1], x.dtype)
     if channels == x.shape[1]:
         return x, []
@@ -78,7 +79,7 @@ def image(x: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
 
 
 def transposed_filters(w: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
-    """The filters [K, C, R, S] as those of an input gradient, [C, K filled up to 16 bytes, R, S], and the launch."""
+    """The filters [K, C, R, S] as those of an input gradient, [C, K filled up, R, S], and the launch."""
     turned = w.transpose(0, 1)
     copy = scratch(layout.empty_image((w.shape[1], _padded(w.shape[0], w.dtype), *w.shape[2:]), w, channels_last=True))
     return copy, [plan_widen(turned.permute(0, 2, 3, 1), copy.permute(0, 2, 3, 1), gpu=gpu)]
@@ -90,8 +91,7 @@ def plan_narrow(wide: torch.Tensor, dw: torch.Tensor, *, gpu: GPU) -> Launch:
 
 
 def _padded(channels: int, dtype: torch.dtype) -> int:
-    granule = 16 // dtype.itemsize
-    return -(-channels // granule) * granule
+    return -(-channels // MULTIPLE) * MULTIPLE if channels * dtype.itemsize % 16 else channels
 
 
 @lru_cache(maxsize=1024)
