@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def product_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
-    """A convolution in the tile that would be launched, and for a first layer the kernels that prepare its operands.
+    """A convolution in the tile that would be launched, and the kernels that prepare its operands where some do.
 
     A first layer's image is contiguous.
     """
     from tileconv.kernels import cost, run_tiles, tiles
+    from tileconv.kernels.launch import padded
 
     inner, moved = problem, []
     choose = tiles.choose
@@ -31,6 +32,9 @@ def product_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
         moved.append((problem.w_shape, problem.w_shape))
     elif tiles.first_layer(problem, "fprop", dtype, gpu):
         inner = problem.space_to_depth
+        moved = [(problem.x_shape, inner.x_shape), (problem.w_shape, inner.w_shape)]
+    elif padded.applies(problem, "fprop", dtype, "ieee", gpu):
+        [(inner, _)] = padded.problems(problem, "fprop", dtype)
         moved = [(problem.x_shape, inner.x_shape), (problem.w_shape, inner.w_shape)]
     tile = choose(inner, "fprop", dtype, "ieee", gpu)
     modelled = cost.predict(inner, "fprop", tile, dtype, "ieee", gpu).modelled_us

@@ -113,13 +113,18 @@ def _problems(case: Case, products: Sequence[Any], gpu: Any) -> list[tuple[Any, 
     A transposed convolution runs the passes of the convolution that it turns.
     """
     from tileconv.kernels import tiles
+    from tileconv.kernels.launch import padded
 
     shape, pass_ = shape_of(case), case.pass_
     problem = matrix_product(shape) if shape.op == "conv2d_im2col" else conv_problem(shape)
     if shape.op == "conv_transpose2d" and pass_ != "wgrad":
         pass_ = "dgrad" if pass_ == "fprop" else "fprop"
+    own = [part.problem for part in problem.dgrad] if pass_ == "dgrad" else [problem]
+    if padded.applies(problem, pass_, DTYPES[case.dtype], case.precision, gpu):
+        wide = padded.problems(problem, pass_, DTYPES[case.dtype])
+        return [(inner, asked, as_) for (inner, as_), asked in zip(wide, own, strict=True)]
     if pass_ == "dgrad":
-        return [(part.problem, part.problem, pass_) for part in problem.dgrad]
+        return [(part, part, pass_) for part in own]
     if products[0].kernel.__name__ in IN_RUNS:
         _, channels, _, width = products[0].arguments["x"].shape
         flat = problem.interleaved if channels != problem.C else problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
@@ -379,6 +379,9 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
 def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     depth = 128 // dtype.itemsize
     found = []
+    # Outputs that no descriptor reaches take an address each: compiled for sm_90, 192 of a thread spill 150 times, and
+    # so do 64 where a second way out is for shared tiles.
+    odd = problem.group_filters * dtype.itemsize % 16 != 0
     rows_of = ((64, 0), (128, 0), (256, 0), (128, 64), (64, 64), (128, 128))
     for pixels, (block_k, block_k2) in itertools.product((64, 128, 256, 512), rows_of):
         rows, shift = block_k + block_k2, block_k == block_k2
@@ -395,7 +398,9 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
             continue
         if rows * pixels > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
             continue
-        warps = 4 if rows * pixels <= 24_576 else 8
+        warps = 4 if rows * pixels <= (16_384 if odd else 24_576) else 8
+        if odd and rows * pixels > 32_768:
+            continue
         stages = min(4, (gpu.shared_block - 2048) // ((rows + pixels) * 128))
         if stages < 2:
             continue
@@ -406,7 +411,7 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
             if stages == 4:  # fewer buffers may let one more program onto the SM
                 tile = replace(tile, num_stages=3)
                 found += [tile, *_shared_depth(problem, tile, gpu)]
-    return found
+    return [tile for tile in found if not (odd and tile.tail)]
 
 
 def _boxes(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
@@ -462,14 +467,44 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
         if dtype.itemsize == 4 and block_k2 and taps == 2:
             continue  # 4-byte operands pass registers on their way, and four products' sums leave too few: spills
         warps = 4 if rows * columns <= (24_576 if gpu.arch < 100 or block_k2 else 8192) else 8
-        stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128))
-        if stages < 2:
-            continue
-        for box in _boxes(problem, depth):
+        for box in dict.fromkeys([*_boxes(problem, depth), *_lines(problem, depth)]):
+            stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128)) * (depth // math.prod(box))
+            if stages < 2:
+                continue
             formulation = "pixel" if box[1:] == (1, 1) else "box"
             tile = ConvTile(formulation, box, block_k, block_c, warps, stages, block_k2=block_k2, taps=taps)
-            found += [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)]
+            shared = [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)]
+            found += [one for one in shared if not _waits(one, problem, dtype, gpu)]
     return found
+
+
+def _lines(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
+    """Boxes along one axis, half as long where that covers fewer pixels: how tensor cores take a filter gradient's."""
+    along: list[Callable[[int], tuple[int, int, int]]] = [lambda images: (images, 1, 1)]
+    if problem.stride == (1, 1) and problem.groups == 1:
+        along.append(lambda columns: (1, 1, columns))
+    found = []
+    for box in along:
+        whole, half = box(pixels), box(pixels // 2)
+        found.append(half if _covered(problem, half) < _covered(problem, whole) else whole)
+    return found
+
+
+def _waits(tile: ConvTile, problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> bool:
+    """Whether a filter gradient's products wait for each other, or spill, as Triton 3.7.1 compiles them for sm_90.
+
+    A box along one axis is the matrix that tensor cores take; another passes registers on its way.  Then ptxas (its
+    remark C7515) waits for every product of 128 channels, of 256 where the sums leave as 2-byte elements, and of a
+    second row of products; not for those of 64 channels, nor for 256 with splits.  4-byte operands wait in any shape.
+    """
+    line = tile.box[1:] == (1, 1) or (tile.box[:2] == (1, 1) and problem.groups == 1)
+    if line or gpu.arch // 10 != 9:
+        return False
+    if dtype.itemsize == 4:
+        return tile.block_k2 > 0  # with 9 to 52 spills
+    return (
+        tile.block_c == 128 or (tile.block_c == 256 and tile.splits == 1) or (tile.block_c == 64 and tile.block_k2 > 0)
+    )
 
 
 def _splits(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[int]:

@@ -149,6 +149,15 @@ def test_first_layer_in_runs(problem):
         assert expected == found, launch.kernel.__name__
 
 
+def test_odd_channels_with_their_copies():
+    problem = square(1, C=19, K=35)
+    x, w, bias, y = tensors(problem)
+    fprop, dgrad = conv.plan_fprop(problem, x, w, bias, y, gpu=GPU), conv.plan_dgrad(problem, y, w, x, gpu=GPU)
+    wgrad = conv.plan_wgrad(problem, y, x, w, gpu=GPU)
+    assert [launch.kernel.__name__ for launch in (*fprop, *wgrad)].count("widen") == 5
+    agrees([*fprop, *dgrad, *wgrad])
+
+
 def test_first_layer_with_its_rearrangements():
     problem = Conv2dProblem(N=2, C=3, H=19, W=23, K=16, R=5, S=5, stride=(3, 3), padding=((2, 2), (1, 1)))
     x, w, bias, y = tensors(problem)

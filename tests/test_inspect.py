@@ -317,6 +317,37 @@ def test_every_pass_compiles_without_spills_for_three_generations():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suite", "layers"),
+    [
+        ("odd-sizes", ("batch-1", "batch-31", "batch-33", "batch-129")),
+        ("dilated", ("large-fov", "one-axis", "dilation-4")),
+    ],
+)
+def test_filter_gradients_of_small_batches_do_not_wait_for_each_product(suite, layers):
+    chosen = [case for case in cases.cases(suite, None, ["fp16"], ["wgrad"]) if case.layer in layers]
+    rows = [row for row in inspect.inspect_all(chosen, ["sm_90"]) if row["role"] == "main"]
+    assert len(rows) == len(layers)
+    for row in rows:
+        found = row["kernel"], row["failure"], row["serialised"], row["spills"]
+        assert found == ("wgrad_box", None, False, 0), row["layer"]
+
+
+@pytest.mark.slow
+def test_odd_channels_multiply_as_even_ones_do():
+    layers = [f"channels-{c}" for c in (63, 129, 255)]
+    chosen = [case for case in cases.cases("odd-sizes", None, ["fp16"], cases.PASSES[:3]) if case.layer in layers]
+    rows = inspect.inspect_all(chosen, ["sm_90"])
+    assert [(row["layer"], row["pass"]) for row in rows if row["failure"] or row["spills"]] == []
+    products = [row for row in rows if row["role"] == "main"]
+    assert {(row["layer"], row["pass"]) for row in products} == {(c.layer, c.pass_) for c in chosen}
+    for row in products:
+        assert row["kernel"] in ("fprop_box", "wgrad_box") and not row["serialised"], row["layer"]
+        assert row["loop_loads"].keys() <= {"UTMALDG", "LDSM.128"}, row["layer"]
+    assert {row["kernel"] for row in rows if row["role"] == "helper"} == {"widen", "add_slices"}
+
+
+@pytest.mark.slow
 def test_gfx_resources():
     [row] = inspect.inspect_all(cases.cases("alexnet", 128, passes=["forward"])[:1], ["gfx942"])
     assert row["failure"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tileconv.kernels import fp32, layout, tiles
 from tileconv.kernels.device import conv as device
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart, Filters
 from tileconv.kernels.hardware import GPU
-from tileconv.kernels.launch import depthwise, runs
+from tileconv.kernels.launch import depthwise, padded, runs
 from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
 from tileconv.kernels.launch.descriptors import (
     aligned,
@@ -53,6 +54,13 @@ def plan_fprop(
             rows, image, w, bias, y, gpu=gpu, activation=activation, precision=precision,
             batch_invariant=batch_invariant,
         )  # fmt: skip
+    if padded.applies(problem, "fprop", x.dtype, precision, gpu, batch_invariant=batch_invariant):
+        [(wide, _)] = padded.problems(problem, "fprop", x.dtype)
+        (x, copy_x), (w, copy_w) = padded.image(x, gpu), padded.image(w, gpu)
+        rest = plan_fprop(
+            wide, x, w, bias, y, gpu=gpu, activation=activation, precision=precision, batch_invariant=batch_invariant
+        )
+        return [*copy_x, *copy_w, *rest]
     if tiles.first_layer(problem, "fprop", x.dtype, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
         w, filters_to_blocks = _filters_to_depth(problem, w, gpu)
@@ -108,8 +116,15 @@ def plan_transpose(
 
     That is fprop on the rephrased problems, one for each residue of the input pixel, or on `only` one of them.
     """
-    x, w, launches = _in_parts(x, w, precision, gpu)
-    for part in problem.dgrad if only is None else (only,):
+    parts: Sequence[DgradPart] = problem.dgrad if only is None else (only,)
+    launches: list[Launch] = []
+    if only is None and padded.applies(problem, "dgrad", x.dtype, precision, gpu, batch_invariant=batch_invariant):
+        parts = padded.parts(problem, x.dtype)
+        (x, copy_x), (w, copy_w) = padded.image(x, gpu), padded.transposed_filters(w, gpu)
+        launches = [*copy_x, *copy_w]
+    x, w, splits = _in_parts(x, w, precision, gpu)
+    launches += splits
+    for part in parts:
         residue = y[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]]
         launches += _plan_product(
             part.problem, part.filters, x, w, bias, residue, gpu=gpu, activation=activation, precision=precision,
@@ -132,6 +147,12 @@ def plan_wgrad(
         blocked = scratch(layout.empty_image(blocks.w_shape, dw, channels_last=True))
         last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
         return [to_blocks, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
+    if padded.applies(problem, "wgrad", x.dtype, precision, gpu):
+        [(wide, _)] = padded.problems(problem, "wgrad", x.dtype)
+        (x, copy_x), (dy, copy_dy) = padded.image(x, gpu), padded.image(dy, gpu)
+        more = scratch(layout.empty_image(wide.w_shape, dw, channels_last=True))
+        sums = plan_wgrad(wide, dy, x, more, gpu=gpu, precision=precision)
+        return [*copy_x, *copy_dy, *sums, padded.plan_narrow(more, dw, gpu=gpu)]
     x, dy, splits = _in_parts(x, dy, precision, gpu)
     tile = tiles.choose(problem, "wgrad", dw.dtype, precision, gpu)
     matrix = dw.permute(0, 2, 3, 1)

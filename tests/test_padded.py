@@ -1,0 +1,131 @@
+"""Channel counts that no descriptor addresses: copies filled up with zeros, and what runs on them, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tileconv.kernels as tk
+from tileconv.kernels import hardware, reference, tiles
+from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.launch import conv, padded
+
+CHANNELS_LAST = torch.channels_last
+H100 = hardware.GPUS["H100"]
+CASES = {
+    "both odd": ((2, 17, 5, 4), 33, 3, {"padding": 1}),
+    "channels odd": ((2, 21, 4, 5), 24, 2, {}),
+    "filters odd": ((2, 24, 4, 5), 19, 3, {"padding": 2, "dilation": 2}),
+    "strided": ((2, 19, 7, 6), 17, 3, {"stride": 2, "padding": 1}),
+    "pixels that no tap reaches": ((1, 17, 7, 6), 18, 2, {"stride": 3}),
+}
+
+
+def kernels_of(launches: list[Any]) -> list[str]:
+    return [launch.kernel.__name__ for launch in launches]
+
+
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The passes that run padded, as they are planned."""
+    found: list[str] = []
+    ask = padded.applies
+
+    def asked(problem: Conv2dProblem, pass_: str, *arguments: Any, **settings: Any) -> bool:
+        answer = ask(problem, pass_, *arguments, **settings)
+        found.extend([pass_] * answer)
+        return answer
+
+    monkeypatch.setattr(padded, "applies", asked)
+    return found
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "tf32"])
+@pytest.mark.parametrize("name", CASES)
+def test_passes_on_padded_copies_against_float64(
+    name: str, dtype: torch.dtype, memory_format: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = seen(monkeypatch)
+    shape, filters, window, arguments = CASES[name]
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    w = (torch.randn(filters, shape[1], window, window) / (3 * shape[1] ** 0.5)).to(dtype)
+    w = w.contiguous(memory_format=memory_format).requires_grad_()
+    b = torch.randn(filters).to(dtype)
+    precision = "tf32" if dtype == torch.float32 else None
+    y = tk.conv2d(x, w, b, **arguments, precision=precision)
+    dy = torch.randn(y.shape).to(dtype)
+    ours = [y.detach(), *torch.autograd.grad(y, (x, w), dy)]
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, w, b)]
+    exact_y = F.conv2d(*wide, **arguments)
+    exact = [exact_y.detach(), *torch.autograd.grad(exact_y, wide[:2], dy.double())]
+    digits = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 11}[dtype]
+    for got, want in zip(ours, exact, strict=True):
+        assert reference.error(got, want) <= 2 ** (1 - digits) * want.abs().max().item()
+    odd = {"channels odd": ["fprop", "dgrad", "wgrad"], "filters odd": ["dgrad", "wgrad"]}
+    granule = 16 // dtype.itemsize
+    able = odd.get(name, ["fprop", "dgrad", "wgrad"]) if shape[1] % granule or filters % granule else []
+    assert sorted(set(planned)) == sorted(able)
+
+
+def test_what_lies_in_memory_beside_the_channels_is_not_read() -> None:
+    whole = torch.full((2, 40, 4, 4), float("nan"), dtype=torch.float16).contiguous(memory_format=CHANNELS_LAST)
+    x = whole[:, 8:25].copy_(torch.randn(2, 17, 4, 4))
+    w = torch.randn(16, 17, 3, 3).half().mul_(0.1)
+    exact = F.conv2d(x.double(), w.double(), padding=1)
+    assert reference.error(tk.conv2d(x, w, padding=1), exact) <= 1e-3 * exact.abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("changes", "pass_", "dtype", "precision", "gpu"),
+    [
+        pytest.param({}, "fprop", torch.float16, "ieee", hardware.GPUS["A100"], id="no descriptors"),
+        pytest.param({}, "fprop", torch.float32, "ieee", H100, id="fp32 at its own precision"),
+        pytest.param({}, "wgrad", torch.float64, "ieee", H100, id="fp64"),
+        pytest.param({"C": 256, "K": 255}, "fprop", torch.float16, "ieee", H100, id="filters alone are odd"),
+        pytest.param({"C": 15}, "fprop", torch.float16, "ieee", H100, id="few channels"),
+        pytest.param({"C": 255, "K": 255, "groups": 3}, "fprop", torch.float16, "ieee", H100, id="grouped"),
+        pytest.param({"N": 1, "H": 4, "W": 4, "C": 17, "K": 17}, "fprop", torch.float16, "ieee", H100, id="small"),
+    ],
+)
+def test_where_pointers_stay(changes: dict[str, int], pass_: str, dtype: Any, precision: str, gpu: Any) -> None:
+    sizes = {"N": 64, "C": 255, "H": 28, "W": 28, "K": 256, "R": 3, "S": 3, "padding": ((1, 1), (1, 1))}
+    problem = Conv2dProblem(**(sizes | changes))  # type: ignore[arg-type]
+    assert not padded.applies(problem, pass_, dtype, precision, gpu)
+
+
+def problem_of(channels: int, filters: int) -> Conv2dProblem:
+    return Conv2dProblem(64, channels, 28, 28, filters, 3, 3, padding=((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "copies"),
+    [(255, 255, (2, 2, 3)), (256, 255, (0, 2, 2)), (255, 256, (2, 1, 2))],
+    ids=["both odd", "filters odd", "channels odd"],
+)
+def test_only_odd_operands_and_filters_are_copied(channels: int, filters: int, copies: tuple[int, ...]) -> None:
+    problem = problem_of(channels, filters)
+    x, w, y = (
+        torch.empty(shape, dtype=torch.float16, device="meta", memory_format=CHANNELS_LAST)
+        for shape in (problem.x_shape, problem.w_shape, problem.y_shape)
+    )
+    passes = [
+        conv.plan_fprop(problem, x, w, None, y, gpu=H100),
+        conv.plan_dgrad(problem, y, w, x, gpu=H100),
+        conv.plan_wgrad(problem, y, x, w, gpu=H100),
+    ]
+    for launches, count in zip(passes, copies, strict=True):
+        names = kernels_of(launches)
+        assert names.count("widen") == count and not any("gather" in name for name in names)
+    with tiles.override(formulation="gather"):
+        assert kernels_of(conv.plan_fprop(problem_of(255, 256), x, w, None, y, gpu=H100)) == ["fprop_gather"]
+
+
+def test_the_choice_for_all_batches_does_not_ask_for_the_batch() -> None:
+    answers = {
+        padded.applies(Conv2dProblem(n, 63, 7, 7, 64, 3, 3), "fprop", torch.float16, "ieee", H100, batch_invariant=True)
+        for n in (1, 8, 512)
+    }
+    assert len(answers) == 1
