@@ -457,6 +457,8 @@ def _shared_depth(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[Conv
 def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     depth = 128 // dtype.itemsize
     found = []
+    # For sm_100 4-byte operands, which are turned on their way, take the shared memory of two more steps.
+    turned = 2 if gpu.arch // 10 == 10 and dtype.itemsize == 4 else 0
     rows_of = ((64, 0), (128, 0), (256, 0), (128, 64))
     for (block_k, block_k2), block_c, taps in itertools.product(rows_of, (64, 128, 256), (1, 2)):
         rows, columns = block_k + block_k2, block_c * taps
@@ -468,7 +470,7 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             continue  # 4-byte operands pass registers on their way, and four products' sums leave too few: spills
         warps = 4 if rows * columns <= (24_576 if gpu.arch < 100 or block_k2 else 8192) else 8
         for box in dict.fromkeys([*_boxes(problem, depth), *_lines(problem, depth)]):
-            stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128)) * (depth // math.prod(box))
+            stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128) - turned) * (depth // math.prod(box))
             if stages < 2:
                 continue
             formulation = "pixel" if box[1:] == (1, 1) else "box"
