@@ -50,7 +50,7 @@ STREAMED = (
 PASSES_OF = (
     dict.fromkeys(PRODUCTS, PRODUCT_PASSES)
     | dict.fromkeys(STREAMED, ("forward", "backward"))
-    | {"network": ("forward", STEP)}
+    | {"network": ("forward", STEP), "conv2d_max_pool2d": ("forward",)}
 )
 
 
@@ -151,7 +151,8 @@ def flops_of(case: Case) -> int | None:
     shape = shape_of(case)
     if shape.op == "network":
         return sum(flops_of(part) or 0 for part in parts(case))
-    if shape.op not in PRODUCTS or case.pass_ not in ("fprop", "dgrad", "wgrad"):
+    pools = shape.op == "conv2d_max_pool2d"
+    if not pools and (shape.op not in PRODUCTS or case.pass_ not in ("fprop", "dgrad", "wgrad")):
         return None
     flops: int = conv_problem(shape).flops
     return flops

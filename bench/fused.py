@@ -14,6 +14,7 @@ import torch
 
 from .cases import DTYPES, conv_problem
 from .networks import Shape, known
+from .problems import conv_pool_problem
 
 VGG = {"conv1_2": (64, 224), "conv2_2": (128, 112), "conv3_3": (256, 56), "conv4_3": (512, 28), "conv5_3": (512, 14)}
 HEAD = ("layer", "pool", "runs as", "one, us", "two, us", "kept apart, MB", "kept fused, MB", "saved, MB")
@@ -43,18 +44,6 @@ def fused_layers(batch: int) -> tuple[Shape, ...]:
                   (batch, channels, size, size), "relu")
             for name, (channels, size, settings, pool) in layers.items()
         )  # fmt: skip
-
-
-def conv_pool_problem(shape: Shape) -> Any:
-    """The Pool2dProblem behind the convolution of such a layer."""
-    from tileconv.kernels.geometry import Pool2dProblem
-
-    pool: Any = shape.module.pool
-    n, c, h, w = conv_problem(shape).y_shape
-    kernel, stride, padding, dilation = (
-        (value, value) if isinstance(value, int) else (value[0], value[1]) for value in pool[:4]
-    )
-    return Pool2dProblem(n, c, h, w, kernel, stride, padding, dilation, pool.ceil_mode)
 
 
 def launch(shape: Shape, dtype: str, gpu: Any) -> Any:

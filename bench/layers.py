@@ -128,6 +128,7 @@ TRUTH = Field(_truth, "true or false")
 FIELDS = {
     "filters": COUNT, "features": COUNT, "groups": COUNT, "kernel": PAIR, "stride": PAIR, "dilation": PAIR,
     "padding": Field(_padding, EDGE.allowed + ', "same" or "valid"'), "output_padding": EDGE, "output": PAIR,
+    "pool_kernel": PAIR, "pool_stride": PAIR, "pool_padding": EDGE,
     "bias": TRUTH, "activation": Field(_activation, "relu or none"), "dropout": CHANCE, "p": CHANCE,
     "ceil_mode": TRUTH, "count_include_pad": TRUTH, "norm": NUMBER, "size": COUNT, "alpha": NUMBER, "beta": NUMBER,
     "k": NUMBER, "label_smoothing": CHANCE,
@@ -136,7 +137,7 @@ FIELDS = {
 }  # fmt: skip
 """Every setting, whatever the operation."""
 NOT_OF_MODULES = ("activation", "dropout")  # a Shape's own
-RENAMED = {"kernel": "kernel_size", "output": "output_size", "norm": "norm_type"}
+RENAMED = {"kernel": "kernel_size", "pool_kernel": "pool_kernel_size", "output": "output_size", "norm": "norm_type"}
 
 
 def _conv(kind: type[nn.Module]) -> Callable[..., nn.Module]:
@@ -153,6 +154,13 @@ def _local(channels: int, *size: int, filters: int, **settings: Any) -> nn.Modul
     return LocallyConnected2d(channels, filters, (size[0], size[1]), kernel, **settings)
 
 
+def _pooled(channels: int, *_: int, filters: int, **settings: Any) -> nn.Module:
+    from tileconv.kernels.nn import ConvReLUMaxPool2d
+
+    kernel = settings.pop("kernel_size")
+    return ConvReLUMaxPool2d(channels, filters, kernel, **settings)
+
+
 def _plain(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return lambda *_, **settings: kind(**settings)
 
@@ -161,6 +169,10 @@ WINDOW = ("stride", "padding", "dilation")
 CONV = (*WINDOW, "groups", "bias", "activation")
 OPERATIONS = {
     "conv2d": Operation((3,), _conv(nn.Conv2d), ("filters", "kernel"), CONV),
+    "conv2d_max_pool2d": Operation(
+        (3,), _pooled, ("filters", "kernel", "pool_kernel"),
+        (*WINDOW, "groups", "bias", "pool_stride", "pool_padding", "ceil_mode"),
+    ),
     "conv2d_im2col": Operation((3,), _conv(nn.Conv2d), ("filters", "kernel"), CONV),
     "conv1d": Operation((2,), _conv(nn.Conv1d), ("filters", "kernel"), CONV),
     "conv_transpose2d": Operation(

@@ -43,6 +43,20 @@ def _conv(api: Any, m: Any, t: Tensors, extra: dict[str, Any]) -> Any:
     return api.conv2d(t["x"], t["w"], t.get("b"), m.stride, m.padding, m.dilation, m.groups, **extra)
 
 
+def _conv_pool(api: Any, m: Any, t: Tensors, _: dict[str, Any]) -> torch.Tensor:
+    """Ours is one call; PyTorch's are three, the ReLU in place."""
+    if api is F:
+        y = F.conv2d(t["x"], t["w"], t.get("b"), m.stride, m.padding, m.dilation, m.groups).relu_()
+        pooled: torch.Tensor = F.max_pool2d(y, *m.pool)
+        return pooled
+    names = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
+    window = dict(zip(names, m.pool, strict=True))
+    out: torch.Tensor = api.conv2d_max_pool2d(
+        t["x"], t["w"], t.get("b"), m.stride, m.padding, m.dilation, m.groups, **window
+    )
+    return out
+
+
 def _conv1d(api: Any, m: Any, t: Tensors, extra: dict[str, Any]) -> Any:
     return api.conv1d(t["x"], t["w"], t.get("b"), m.stride, m.padding, m.dilation, m.groups, **extra)
 
@@ -71,6 +85,7 @@ def _local(api: Any, m: Any, t: Tensors, extra: dict[str, Any]) -> Any:
 
 FORWARDS: Mapping[str, Forward] = {
     "conv2d": _conv,
+    "conv2d_max_pool2d": _conv_pool,
     "conv1d": _conv1d,
     "conv_transpose2d": _transposed,
     "conv2d_im2col": _im2col,

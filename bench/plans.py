@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .networks import Shape
-from .problems import conv_problem, has_bias, output_shape, pool_problem
+from .problems import conv_pool_problem, conv_problem, has_bias, output_shape, pool_problem
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,21 @@ def _conv(shape: Shape, pass_: str, s: Setting) -> list[Any]:
         planned = conv.plan_wgrad(problem, y, x, w, gpu=s.gpu, precision=s.precision)
     else:
         planned = _epilogue_backward(shape, y, s)
+    return planned
+
+
+def _conv_pool(shape: Shape, pass_: str, s: Setting) -> list[Any]:
+    """With switches, as in training: the kernel that pools, or a convolution and a pool."""
+    from tileconv.kernels.launch import conv_pool
+
+    problem, pool = conv_problem(shape), conv_pool_problem(shape)
+    x, w, y = (s.empty(*extents) for extents in (problem.x_shape, problem.w_shape, pool.y_shape))
+    if shape.reads_image:
+        x = x.contiguous()
+    planned: list[Any] = conv_pool.plan(
+        problem, pool, x, w, s.empty(problem.K) if has_bias(shape) else None, y, s.empty(*y.shape, dtype=torch.uint8),
+        gpu=s.gpu, activation="relu", precision=s.precision, channels_last=True, batch_invariant=False,
+    )  # fmt: skip
     return planned
 
 
@@ -267,8 +282,9 @@ def _unfold(shape: Shape, pass_: str, s: Setting) -> list[Any]:
 
 
 PLANS: dict[str, Callable[[Shape, str, Setting], list[Any]]] = {
-    "conv2d": _conv, "linear": _conv, "conv1d": _conv, "conv_transpose2d": _transposed, "conv2d_im2col": _im2col,
-    "locally_connected2d": _local, "max_pool2d": _pool, "avg_pool2d": _pool, "lp_pool2d": _pool,
+    "conv2d": _conv, "conv2d_max_pool2d": _conv_pool, "linear": _conv, "conv1d": _conv,
+    "conv_transpose2d": _transposed, "conv2d_im2col": _im2col, "locally_connected2d": _local,
+    "max_pool2d": _pool, "avg_pool2d": _pool, "lp_pool2d": _pool,
     "adaptive_avg_pool2d": _pool, "adaptive_max_pool2d": _pool, "max_unpool2d": _unpool,
     "local_response_norm": _norm, "relu": _relu, "dropout": _dropped, "softmax": _softmax, "log_softmax": _softmax,
     "cross_entropy": _cross_entropy, "unfold": _unfold, "fold": _unfold,

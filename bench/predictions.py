@@ -8,7 +8,7 @@ from typing import Any
 from .cases import DTYPES, Case, parts, shape_of
 from .cases import launches as launches_of
 from .plans import matrix_product
-from .problems import bytes_least, conv_problem
+from .problems import bytes_least, conv_pool_problem, conv_problem
 from .traffic import traffic
 from .traffic_base import Traffic
 
@@ -30,7 +30,10 @@ def predictions(case: Case, launches: Sequence[Any], gpu: Any) -> list[dict[str,
     """
     if shape_of(case).op == "network":
         return _together(case, launches, gpu)
-    multiplies = case.pass_ in ("fprop", "dgrad", "wgrad")
+    pools = shape_of(case).op == "conv2d_max_pool2d"
+    if pools and launches[0].kernel.__name__ == "fprop_pool":
+        return [_pooled(case, launches[0], gpu)]
+    multiplies = pools or case.pass_ in ("fprop", "dgrad", "wgrad")
     known = _products(case, launches, gpu) if multiplies else {}
     own = _arithmetic(case, launches, gpu) if multiplies and not known else {}
     floor = _floor(case, launches, gpu) if multiplies or launches else None
@@ -63,6 +66,24 @@ def predictions(case: Case, launches: Sequence[Any], gpu: Any) -> list[dict[str,
                 row |= _with_arithmetic(row, *own[index])
         rows.append(row)
     return rows
+
+
+def _pooled(case: Case, launch: Any, gpu: Any) -> dict[str, Any]:
+    """The kernel that convolves and pools."""
+    from tileconv.kernels import pool_tiles
+
+    shape, dtype = shape_of(case), DTYPES[case.dtype]
+    problem = conv_problem(shape)
+    one, _ = pool_tiles.modelled_us(problem, conv_pool_problem(shape), dtype, case.precision, gpu)
+    row = NOTHING | {
+        "modelled_us": one, "floor_us": _floor(case, [launch], gpu), "flops_needed": problem.flops,
+        "flops_done": problem.flops, "peak_tflops": gpu.peak(dtype, case.precision) / 1e12,
+        "dram_gbs": gpu.dram / 1e9,
+    }  # fmt: skip
+    bytes_ = traffic(launch)
+    if bytes_ is not None:
+        row |= {"bytes_read": bytes_.read, "bytes_written": bytes_.written, "bytes_least": bytes_.least}
+    return row
 
 
 def _together(case: Case, launches: Sequence[Any], gpu: Any) -> list[dict[str, Any]]:
@@ -115,7 +136,7 @@ def _problems(case: Case, products: Sequence[Any], gpu: Any) -> list[tuple[Any, 
     from tileconv.kernels import tiles
     from tileconv.kernels.launch import padded
 
-    shape, pass_ = shape_of(case), case.pass_
+    shape, pass_ = shape_of(case), "fprop" if case.pass_ == "forward" else case.pass_
     problem = matrix_product(shape) if shape.op == "conv2d_im2col" else conv_problem(shape)
     if shape.op == "conv_transpose2d" and pass_ != "wgrad":
         pass_ = "dgrad" if pass_ == "fprop" else "fprop"
@@ -166,7 +187,7 @@ def _with_arithmetic(row: dict[str, Any], flops: int, rate: float) -> dict[str, 
 def _floor(case: Case, launches: Sequence[Any], gpu: Any) -> float | None:
     """No kernel is faster: the operations at the data sheet's rate, or each operand moved once."""
     shape, dtype = shape_of(case), DTYPES[case.dtype]
-    if case.pass_ in ("fprop", "dgrad", "wgrad"):
+    if case.pass_ in ("fprop", "dgrad", "wgrad") or shape.op == "conv2d_max_pool2d":
         arithmetic = conv_problem(shape).flops / gpu.peak(dtype, case.precision)
         return float(1e6 * max(arithmetic, bytes_least(shape, dtype.itemsize) / gpu.dram))
     bytes_ = traffic(launches[0])

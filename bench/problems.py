@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -99,6 +100,18 @@ def pool_problem(shape: Shape) -> Any:
     return Pool2dProblem(n, c, h, w, pair(m.kernel_size), stride, padding, dilation, ceil)
 
 
+def conv_pool_problem(shape: Shape) -> Any:
+    """The Pool2dProblem behind the convolution of a conv2d_max_pool2d."""
+    from tileconv.kernels.geometry import Pool2dProblem
+
+    window: Any = shape.module.pool
+    n, c, h, w = conv_problem(shape).y_shape
+    stride = pair(window.kernel_size if window.stride is None else window.stride)
+    return Pool2dProblem(
+        n, c, h, w, pair(window.kernel_size), stride, pair(window.padding), pair(window.dilation), window.ceil_mode
+    )
+
+
 def output_shape(shape: Shape) -> tuple[int, ...]:
     """What a layer makes of its input. Raises ValueError where nothing is left."""
     n = shape.input[0]
@@ -114,6 +127,9 @@ def output_shape(shape: Shape) -> tuple[int, ...]:
         return image
     if shape.op == "max_unpool2d":
         return unpooled_shape(shape)
+    if shape.op == "conv2d_max_pool2d":
+        pooled: tuple[int, ...] = conv_pool_problem(shape).y_shape
+        return pooled
     if "pool" in shape.op:
         problem = pool_problem(shape)
         return (*shape.input[:2], problem.P, problem.Q)
@@ -136,6 +152,9 @@ def bytes_least(shape: Shape, itemsize: int) -> int:
     """Operands and result of a layer that multiplies, each once; locally connected layers have filters per pixel."""
     problem = conv_problem(shape)
     more: int = problem.bytes_least(itemsize)
+    if shape.op == "conv2d_max_pool2d":  # pooled values and a byte for each instead of the convolution's output
+        outputs = math.prod(output_shape(shape))
+        more += outputs * (itemsize + 1) - math.prod(problem.y_shape) * itemsize
     if shape.op == "locally_connected2d":
         more += (problem.P * problem.Q - 1) * problem.K * problem.C * problem.taps * itemsize
     return more

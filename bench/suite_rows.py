@@ -157,6 +157,7 @@ ODD_SIZES = (
 LAYERS = (
     conv("conv2d", "64x27x27", 192, 5, padding=2),
     conv("depthwise_conv2d", "512x14x14", 512, 3, padding=1, groups=512),
+    row("conv2d_max_pool2d", "conv2d_max_pool2d", "128x112x112", filters=128, kernel=3, padding=1, pool_kernel=2),
     row("conv2d_im2col", "conv2d_im2col", "64x27x27", filters=192, kernel=5, padding=2, activation="relu"),
     row("conv_transpose2d", "conv_transpose2d", "256x14x14", filters=128, kernel=4, stride=2, padding=1),
     row("conv1d", "conv1d", "256x1024", filters=256, kernel=9, padding=4, activation="relu"),

@@ -103,6 +103,12 @@ def _convnet_benchmarks(batch: int | None) -> tuple[Shape, ...]:
     )
 
 
+def _fused(batch: int | None) -> tuple[Shape, ...]:
+    from .fused import fused_layers
+
+    return fused_layers(batch or 128)
+
+
 def _latency(batch: int | None) -> tuple[Shape, ...]:
     return (*zoo_layers("alexnet", batch or 1), *(row.at(batch or 1) for row in suite_rows.LATENCY))
 
@@ -170,6 +176,8 @@ SUITES: dict[str, Suite] = {
               telling=("channels-256", "channels-255", "channels-257", "size-33", "beyond-2^31-conv")),
         _rows("layers", "Every layer of the library once, forward and backward", "AlexNet's sizes where it has them",
               suite_rows.LAYERS, 128),
+        Suite("fused", "Convolution, ReLU and max-pool as one layer: AlexNet, VGG-16, GoogLeNet, LeNet-5",
+              "the networks named", _fused, "128", telling=("vgg16.conv1_2", "vgg16.conv3_3")),
         Suite("latency", "One image: AlexNet's layers and small ones, with and without a CUDA graph",
               "as alexnet, resnet and mobilenet", _latency, "1", graph=True, telling=("conv2", "fc6", "conv3")),
         Suite("networks", "Whole networks: the forward pass, and a training step", "tileconv.model.zoo", _networks,

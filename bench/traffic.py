@@ -124,7 +124,7 @@ def _fprop_pool(a: Arguments) -> Traffic:
     (h, h_ranges), (w, w_ranges) = (axis.rows(s) for axis, s in zip(axes, starts, strict=True))
     filter_tiles, images = _cdiv(K, a["BLOCK_K"]), _cdiv(a["N"], a["BOX_N"])
     pixels = a["N"] * h * w * a["C"] * groups * filter_tiles * size
-    plain = a | {"BLOCK_K2": 0, "TRANSPOSED": False}
+    plain = a | {"BLOCK_K2": 0, "TRANSPOSED": False, "PARTS": 1}
     filters = 0
     for ((r0, r1), r_count), ((s0, s1), s_count) in itertools.product(h_ranges.items(), w_ranges.items()):
         taps = [r * a["S"] + s for r in range(r0, r1) for s in range(s0, s1)]

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from tileconv.kernels import cost
+from tileconv.kernels import cost, excluded
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.tiles import ConvTile, forced, power_of_two
@@ -68,6 +68,7 @@ def choose_runs(
             continue
         tile = ConvTile("runs", (pixels, 1, 1), block_k, block_c, warps, stages)
         found += _split(problem, tile, runs.length, gpu) if pass_ == "wgrad" else [tile]
+    found = excluded.without(found, gpu.name, pass_)
     return min(found, key=lambda tile: cost.predict(problem, pass_, tile, dtype, precision, gpu).modelled_us)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tileconv.kernels import tiles
+from tileconv.kernels import excluded, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.tiles import ConvTile
@@ -81,8 +81,12 @@ def table_path() -> Path | None:
 
 
 def find(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> ConvTile | None:
-    """The measured tile, if there is one for this GPU and Triton. Raises ValueError for a table that cannot be used."""
-    return _of_gpu(gpu).get(key(problem, pass_, dtype, precision, gpu))
+    """The measured tile, if there is one for this GPU and Triton that no self-test excluded.
+
+    Raises ValueError for a table that cannot be used.
+    """
+    tile = _of_gpu(gpu).get(key(problem, pass_, dtype, precision, gpu))
+    return None if tile is not None and str(tile) in excluded.names(gpu.name, pass_) else tile
 
 
 def key(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> Key:

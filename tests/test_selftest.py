@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from tileconv.bench import cases, cli, problems, selftest, workers
 from tileconv.bench.cli import app
 from tileconv.bench.selftest import Test as Trial
-from tileconv.kernels import excluded, hardware, tiles
+from tileconv.kernels import excluded, hardware, run_tiles, tiles
+from tileconv.kernels.geometry import Conv2dProblem
 
 H100 = hardware.GPUS["H100"]
 FILE_VARIABLE = excluded.VARIABLE
@@ -177,6 +178,16 @@ def test_what_was_not_reached_keeps_its_entry(file, monkeypatch):
     found = selftest.run_selftest(dtypes=["fp16"])
     assert (found.passed, found.failed, found.excluded) == (0, (), 1) and found.late > 100
     assert json.loads(file.read_text()) == [an_entry(tile=name)]
+
+
+def test_a_first_layer_in_runs_leaves_excluded_tiles_out(file):
+    problem = Conv2dProblem(128, 3, 224, 224, 64, 11, 11, (4, 4), ((2, 2), (2, 2)))
+    best = run_tiles.choose_runs(problem, "fprop", torch.float16, "ieee", H100)
+    file.write_text(json.dumps([an_entry(tile=str(best))]))
+    excluded.forget()
+    run_tiles.choose_runs.cache_clear()
+    assert run_tiles.choose_runs(problem, "fprop", torch.float16, "ieee", H100) != best
+    run_tiles.choose_runs.cache_clear()
 
 
 def test_no_tile_left_is_said_where_it_is_met(file, monkeypatch):

@@ -20,7 +20,7 @@ from tileconv.bench.cases import Case
 from tileconv.bench.cli import app
 from tileconv.bench.networks import Shape
 from tileconv.bench.tune import Outcome, Unit
-from tileconv.kernels import hardware, tiles, tuned
+from tileconv.kernels import excluded, hardware, tiles, tuned
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import plans
 
@@ -143,6 +143,13 @@ def test_a_measured_tile_overrides_the_model_and_override_beats_it(table: Path) 
     assert choice(batch_invariant=True) == tiles.choose(
         small("fprop")[0].problem, "fprop", HALF, "ieee", H100, batch_invariant=True
     )
+
+
+def test_a_measured_tile_that_a_self_test_excluded_is_not_taken(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = choice()
+    tuned.forget()
+    monkeypatch.setattr(excluded, "names", lambda gpu, pass_: frozenset({str(measured)}))
+    assert choice() != measured
 
 
 def test_another_gpu_or_triton_is_left_alone(table: Path) -> None:
