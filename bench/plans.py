@@ -115,12 +115,13 @@ def _im2col(shape: Shape, pass_: str, s: Setting) -> list[Any]:
     matrix = cols.mT.unflatten(1, (problem.P, problem.Q)).permute(0, 3, 1, 2)
     w = s.empty(*product.w_shape)
     common: dict[str, Any] = {"gpu": s.gpu, "precision": s.precision}
+    run = problem.group_channels  # of a channels_last image
     if pass_ == "fprop":
         bias = s.empty(problem.K) if has_bias(shape) else None
-        first = unfold.plan_unfold(problem, x, cols, gpu=s.gpu)
+        first = unfold.plan_unfold(problem, x, cols, run, gpu=s.gpu)
         return [first, *conv.plan_fprop(product, matrix, w, bias, y, activation=shape.activation, **common)]
     if pass_ == "dgrad":
-        return [*conv.plan_dgrad(product, y, w, matrix, **common), unfold.plan_fold(problem, cols, x, gpu=s.gpu)]
+        return [*conv.plan_dgrad(product, y, w, matrix, **common), unfold.plan_fold(problem, cols, x, run, gpu=s.gpu)]
     if pass_ == "wgrad":
         planned: list[Any] = conv.plan_wgrad(product, y, matrix, w, **common)
         return planned

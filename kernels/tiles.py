@@ -381,8 +381,8 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
 def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     depth = 128 // dtype.itemsize
     found = []
-    # Outputs that no descriptor reaches take an address each: compiled for sm_90, 192 of a thread spill 150 times, and
-    # so do 64 where a second way out is for shared tiles.
+    # Outputs that no descriptor reaches take an address each: compiled for sm_90, 192 of a thread spill 150 times, 128
+    # of four bytes 102 times, and so do 64 where a second way out is for shared tiles.
     odd = problem.group_filters * dtype.itemsize % 16 != 0
     rows_of = ((64, 0), (128, 0), (256, 0), (128, 64), (64, 64), (128, 128))
     for pixels, (block_k, block_k2) in itertools.product((64, 128, 256, 512), rows_of):
@@ -400,8 +400,8 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
             continue
         if rows * pixels > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
             continue
-        warps = 4 if rows * pixels <= (16_384 if odd else 24_576) else 8
-        if odd and rows * pixels > 32_768:
+        warps = 4 if rows * pixels <= (32_768 // dtype.itemsize if odd else 24_576) else 8
+        if odd and rows * pixels > 65_536 // dtype.itemsize:
             continue
         stages = min(4, (gpu.shared_block - 2048) // ((rows + pixels) * 128))
         if stages < 2:
@@ -459,6 +459,8 @@ def _shared_depth(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[Conv
 def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     depth = 128 // dtype.itemsize
     found = []
+    # For sm_100 4-byte operands, which are turned on their way, take the shared memory of two more steps.
+    turned = 2 if gpu.arch // 10 == 10 and dtype.itemsize == 4 else 0
     rows_of = ((64, 0), (128, 0), (256, 0), (128, 64))
     for (block_k, block_k2), block_c, taps in itertools.product(rows_of, (64, 128, 256), (1, 2)):
         rows, columns = block_k + block_k2, block_c * taps
@@ -471,7 +473,7 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             continue  # 4-byte operands pass registers on their way, and four products' sums leave too few: spills
         warps = 8 if most or rows * columns > (24_576 if gpu.arch < 100 or block_k2 else 8192) else 4
         for box in dict.fromkeys([*_boxes(problem, depth), *_lines(problem, depth)]):
-            stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128)) * (depth // math.prod(box))
+            stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128) - turned) * (depth // math.prod(box))
             if stages < 2:
                 continue
             formulation = "pixel" if box[1:] == (1, 1) else "box"

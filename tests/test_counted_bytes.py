@@ -271,7 +271,8 @@ def test_unfold_and_fold(name, patches):
     depth, pixels = problem.im2col_shape
     cols = torch.randn(problem.N, pixels, depth).half().mT if patches else torch.randn(problem.N, depth, pixels).half()
     x = image(*problem.x_shape)
-    agrees([unfold.plan_unfold(problem, x, cols, gpu=GPU), unfold.plan_fold(problem, cols, x, gpu=GPU)])
+    for run in (1, problem.C):
+        agrees([unfold.plan_unfold(problem, x, cols, run, gpu=GPU), unfold.plan_fold(problem, cols, x, run, gpu=GPU)])
 
 
 DEPTHWISE = {

@@ -61,10 +61,12 @@ CONVOLUTIONS = [
 
 
 @DTYPES
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("settings", CONVOLUTIONS, ids=["3x3", "grouped", "same"])
-def test_conv2d_im2col_against_float64(settings: dict[str, Any], dtype: torch.dtype) -> None:
+def test_conv2d_im2col_against_float64(settings: dict[str, Any], memory_format: Any, dtype: torch.dtype) -> None:
     shape = (6, 4 // settings.get("groups", 1), 3, 2)
-    operands = [torch.randn(2, 4, 7, 6).to(dtype), torch.randn(shape).to(dtype), torch.randn(6).to(dtype)]
+    x, w = (torch.randn(extents).to(dtype).contiguous(memory_format=memory_format) for extents in ((2, 4, 7, 6), shape))
+    operands = [x, w, torch.randn(6).to(dtype)]
 
     def run(conv: Any, inputs: list[Tensor]) -> list[Tensor]:
         leaves = [t.detach().requires_grad_() for t in inputs]
@@ -94,6 +96,7 @@ def test_gradcheck() -> None:
         (lambda x: tk.unfold(x, 2, stride=2), (x,)),
         (lambda c: tk.fold(c, (5, 4), 2), (cols,)),
         (lambda x, w: tk.conv2d_im2col(x, w, padding=1), (x, w)),
+        (lambda x, w: tk.conv2d_im2col(x.contiguous(memory_format=torch.channels_last), w, padding=1), (x, w)),
     ):
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)

@@ -18,12 +18,12 @@ class _Unfold(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        input, *ctx.window, _ = inputs
+        input, *ctx.window, _, ctx.run = inputs
         ctx.shape, ctx.channels_last = input.shape, layout.is_channels_last(input)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        return then_nones(fold(grad, ctx.shape, *ctx.window, ctx.channels_last), count=5)
+        return then_nones(fold(grad, ctx.shape, *ctx.window, ctx.channels_last, ctx.run), count=6)
 
 
 class _Fold(Function):
@@ -33,12 +33,12 @@ class _Fold(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        cols, _, *ctx.window, _ = inputs
+        cols, _, *ctx.window, _, ctx.run = inputs
         ctx.patches = cols.stride(1) == 1 and cols.stride(2) != 1
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        return then_nones(unfold(grad, *ctx.window, ctx.patches), count=6)
+        return then_nones(unfold(grad, *ctx.window, ctx.patches, ctx.run), count=7)
 
 
 unfold = door(_Unfold, OPS.unfold)

@@ -5,7 +5,8 @@ import triton.language as tl
 
 
 # cols[n, (c, r, s), (p, q)] = x[n, c, p * STRIDE_H + r * DIL_H - pad_h, q * STRIDE_W + s * DIL_W - pad_w], zero outside
-# the image.  Rows of a tile run along the axis of cols that is not contiguous.
+# the image.  Rows of a tile run along the axis of cols that is not contiguous.  RUN channels lie side by side: (c, r,
+# s) is in the order (c // RUN, r, s, c % RUN).
 @triton.jit
 def unfold(
     x,
@@ -31,6 +32,7 @@ def unfold(
     STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr,
     DIL_W: tl.constexpr,
+    RUN: tl.constexpr,
     PATCHES: tl.constexpr,  # the depth of a patch is contiguous in cols; else its pixels are
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,
@@ -49,9 +51,10 @@ def unfold(
         i, d = (row % height).to(tl.int32), col
     else:
         i, d = col, (row % height).to(tl.int32)
-    c = d // (R * S)
-    h = i // Q * STRIDE_H + d // S % R * DIL_H - pad_h
-    w = i % Q * STRIDE_W + d % S * DIL_W - pad_w
+    c = d // (R * S * RUN) * RUN + d % RUN
+    tap = d // RUN
+    h = i // Q * STRIDE_H + tap // S % R * DIL_H - pad_h
+    w = i % Q * STRIDE_W + tap % S * DIL_W - pad_w
     seen = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     at = n * stride_xn + c.to(INDEX) * stride_xc + h.to(INDEX) * stride_xh + w.to(INDEX) * stride_xw
     out = n * stride_yn + d.to(INDEX) * stride_yd + i.to(INDEX) * stride_yi
@@ -59,7 +62,7 @@ def unfold(
 
 
 # x[n, c, h, w] = the sum of cols[n, (c, r, s), (p, q)] over the patches that hold the pixel: every pixel looks for
-# them, taps in order, so nothing is added atomically.
+# them, taps in order, so nothing is added atomically.  RUN as above.
 @triton.jit
 def fold(
     cols,
@@ -85,6 +88,7 @@ def fold(
     STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr,
     DIL_W: tl.constexpr,
+    RUN: tl.constexpr,
     NHWC: tl.constexpr,  # channels are contiguous in x; else its columns are
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
@@ -117,7 +121,8 @@ def fold(
         q = left // STRIDE_W
         # A negative `up` may round to p = 0, but then p * STRIDE_H is not `up`.
         hit = (p * STRIDE_H == up) & (q * STRIDE_W == left) & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
-        at = n * stride_yn + (c * (R * S) + tap).to(INDEX) * stride_yd + (p * Q + q).to(INDEX) * stride_yi
+        d = (c // RUN * (R * S) + tap) * RUN + c % RUN
+        at = n * stride_yn + d.to(INDEX) * stride_yd + (p * Q + q).to(INDEX) * stride_yi
         total += tl.load(cols + at, mask=inside & hit, other=0.0).to(ACC)
     at = n * stride_xn + c.to(INDEX) * stride_xc + h.to(INDEX) * stride_xh + w.to(INDEX) * stride_xw
     tl.store(x + at, total.to(x.dtype.element_ty), mask=inside)

@@ -19,7 +19,7 @@ def unfold_problem(shape: Ints, kernel: Ints, stride: Ints, padding: Ints, dilat
 
 
 def _unfold_fake(
-    input: torch.Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, patches: bool
+    input: torch.Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, patches: bool, run: int = 1
 ) -> torch.Tensor:
     problem = unfold_problem(input.shape, kernel, stride, padding, dilation)
     depth, pixels = problem.im2col_shape
@@ -27,30 +27,44 @@ def _unfold_fake(
 
 
 def _unfold(
-    input: torch.Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, patches: bool
+    input: torch.Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, patches: bool, run: int = 1
 ) -> torch.Tensor:
     cols = _unfold_fake(input, kernel, stride, padding, dilation, patches)
     if cols.numel():
         problem = unfold_problem(input.shape, kernel, stride, padding, dilation)
-        launch_unfold.plan_unfold(problem, input, cols, gpu=hardware.gpu_of(input.device)).run()
+        launch_unfold.plan_unfold(problem, input, cols, run, gpu=hardware.gpu_of(input.device)).run()
     return cols
 
 
 def _fold(
-    cols: torch.Tensor, shape: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, channels_last: bool
+    cols: torch.Tensor,
+    shape: Ints,
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    channels_last: bool,
+    run: int = 1,
 ) -> torch.Tensor:
     problem = unfold_problem(shape, kernel, stride, padding, dilation)
     depth, pixels = problem.im2col_shape
     checks.belongs("cols", cols, (problem.N, depth, pixels), cols, cols.dtype)
     image = layout.empty_image(shape, cols, channels_last)
     if image.numel():
-        launch_unfold.plan_fold(problem, cols, image, gpu=hardware.gpu_of(cols.device)).run()
+        launch_unfold.plan_fold(problem, cols, image, run, gpu=hardware.gpu_of(cols.device)).run()
     return image
 
 
-define(f"unfold(Tensor input, {WINDOW}, bool patches) -> Tensor", _unfold, _unfold_fake)
+def _fold_fake(
+    cols: torch.Tensor, shape: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, channels_last: bool,
+    run: int = 1,
+) -> torch.Tensor:  # fmt: skip
+    return layout.empty_image(shape, cols, channels_last)
+
+
+define(f"unfold(Tensor input, {WINDOW}, bool patches, int run=1) -> Tensor", _unfold, _unfold_fake)
 define(
-    f"fold(Tensor cols, SymInt[4] shape, {WINDOW}, bool channels_last) -> Tensor",
+    f"fold(Tensor cols, SymInt[4] shape, {WINDOW}, bool channels_last, int run=1) -> Tensor",
     _fold,
-    lambda cols, shape, *window: layout.empty_image(shape, cols, window[-1]),
+    _fold_fake,
 )
