@@ -286,7 +286,7 @@ def _wgrad_load(
         if a["PIXEL"]:  # a row of an image: only its end clips
             pitch_h, pitch_w = (a["pitch_yp"], a["pitch_yq"]) if tap is None else (a["pitch_xh"], a["pitch_xw"])
             at = h * pitch_h + w * pitch_w
-            total += sum(_clip(at + first, block, image.shape[1]) for first, block, _ in columns)
+            total += sum(_clip(at + first, block, image.shape[a["PIXEL"] % 2]) for first, block, _ in columns)
         else:
             total += rows * cols * sum(
                 _clip(first, block, image.shape[-1]) if len(image.shape) == 4 else min(block, max(0, left))
@@ -405,7 +405,8 @@ def _filters_to_runs(a: Arguments) -> Traffic:
     return Traffic(read, written, read + written)
 
 
-def _split(a: Arguments) -> Traffic:
+def _copied(a: Arguments) -> Traffic:
+    """Every element of x read and every element of y written, once."""
     read, written = (a[name].numel() * _itemsize(a[name]) for name in ("x", "y"))
     return Traffic(read, written, read + written)
 
@@ -449,7 +450,8 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "adaptive_avg_backward": _adaptive_backward,
     "across_columns": _norm,
     "space_to_depth": _space_to_depth,
-    "split": _split,
+    "split": _copied,
+    "turn": _copied,
     "depth_to_space": _each_once("y", out="dw"),
     "widen": _widen,
     "fprop_runs": _fprop_runs,

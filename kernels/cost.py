@@ -95,6 +95,21 @@ def floor_us(problem: Conv2dProblem, dtype: torch.dtype, precision: str, gpu: GP
     return 1e6 * max(arithmetic, problem.bytes_least(dtype.itemsize) / gpu.dram)
 
 
+def turned(problem: Conv2dProblem, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
+    """Whether a filter gradient's tiles of one pixel read copies of its operands with the images last.
+
+    Hopper's tensor cores read 4-byte operands along the depth only, and the depth is images there: as they lie they
+    pass registers, and every product waits for the one before it.
+    """
+    hopper = gpu.arch // 10 == 9 or gpu.interprets
+    return hopper and dtype == torch.float32 and precision == "tf32" and problem.N % 4 == 0
+
+
+def turn_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
+    """The two kernels that make those copies."""
+    return sum(streaming_us(2 * dtype.itemsize * math.prod(shape), gpu) for shape in (problem.x_shape, problem.y_shape))
+
+
 def streaming_us(bytes_moved: int, gpu: GPU) -> float:
     """A memory-bound kernel, with its start."""
     return LAUNCH_US + 1e6 * bytes_moved / (gpu.dram * DRAM_LOAD)
@@ -149,6 +164,9 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
     partial = shape.rows * shape.columns * 4
     whole = shape.rows * shape.columns * item
     rate = _Rates(shape, tile, read_type, precision if products == 1 else "ieee", gpu)
+    as_they_lie = tile.formulation == "box" or not turned(problem, dtype, precision, gpu)
+    if pass_ == "wgrad" and gpu.arch // 10 == 9 and precision == "tf32" and as_they_lie and not tile.flat:
+        rate.alone = 2 * stage / 128 + LOAD_CYCLES / 4
     threads_need = registers(shape.rows, shape.columns, tile.num_warps, gpu)
     resident = max(1, occupancy(threads_need, stage * tile.num_stages, tile.num_warps, gpu))
     cycles = rate.phase(whole_tiles, shape.steps, whole, resident)
@@ -325,12 +343,18 @@ class _Rates:
                 instructions = 30 + 1.5 * products + loads
             self.shared = 0.0
         self.issue = instructions * tile.num_warps / 4
+        self.alone = (
+            0.0  # what waits for the step before, and lets that after it wait: operands on their way in registers
+        )
         self.latency = LOAD_CYCLES / max(1, tile.num_stages - 1)
 
     def step(self, active: int, programs: int) -> float:
         """The slowest, where `active` SMs run `programs` each: fewer SMs leave each more of L2, up to its port."""
         share = min(L2_PORT, self.gpu.l2 / self.gpu.clock / max(1, active))
-        return max(self.tensor, self.issue, self.shared, self.bytes / share, self.latency / programs)
+        return (
+            max(self.tensor, self.issue, self.shared, self.bytes / share, self.latency / programs)
+            + self.alone / programs
+        )
 
     def phase(self, ctas: int, steps: float, out_bytes: int, resident: int) -> float:
         """Cycles of `ctas` equal programs: whole waves, one program an SM at a time, then what is left over."""

@@ -84,7 +84,12 @@ def _depthwise(problem: Conv2dProblem, nhwc: bool, dtype: torch.dtype, gpu: GPU,
 
 
 def choose_split(pixels: int, channels: int, nhwc: bool, dtype: torch.dtype, gpu: GPU) -> ElementwiseTile:
-    """The tile of the kernel that splits fp32: `pixels` rows of `channels`; from NCHW a square that it transposes."""
-    if nhwc or gpu.interprets:
-        return choose_elementwise(pixels, channels, dtype, gpu)
-    return ElementwiseTile(min(power_of_two(pixels), 64), min(power_of_two(channels), 32))
+    """The tile of the kernel that splits fp32: `pixels` rows of `channels`, transposed from NCHW."""
+    return choose_elementwise(pixels, channels, dtype, gpu) if nhwc else choose_turn(pixels, channels, dtype, gpu)
+
+
+def choose_turn(height: int, width: int, dtype: torch.dtype, gpu: GPU) -> ElementwiseTile:
+    """The tile of a kernel that transposes: both its loads and its stores are wide."""
+    if gpu.interprets:
+        return choose_elementwise(height, width, dtype, gpu)
+    return ElementwiseTile(min(power_of_two(height), 64), min(power_of_two(width), 32))

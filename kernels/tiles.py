@@ -327,6 +327,8 @@ def _time(
     predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
     # Where most SMs idle, a step's latency decides, and of that the model knows least: ask for a tenth more.
     us = predicted.modelled_us * (1.1 if predicted.ctas < gpu.sms / 2 else 1.0)
+    if pass_ == "wgrad" and tile.formulation == "pixel" and cost.turned(problem, dtype, precision, gpu):
+        us += cost.turn_us(problem, dtype, gpu)
     # Tensor cores of half the width (sm_86, sm_89) hide any tile's instructions and traffic; they cost power still.
     return us if gpu.arch >= 90 else us + 0.1 * (predicted.issue_us + predicted.l2_us)
 
@@ -466,14 +468,17 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             continue
         if gpu.arch >= 100 and not block_k2 and rows * columns > 16_384:
             continue  # compiled for sm_100 the sums' way out of tensor memory spills
-        if dtype.itemsize == 4 and block_k2 and taps == 2:
+        most = dtype.itemsize == 4 and block_k2 > 0 and taps == 2
+        if most and not cost.turned(problem, dtype, "tf32", gpu):
             continue  # 4-byte operands pass registers on their way, and four products' sums leave too few: spills
-        warps = 4 if rows * columns <= (24_576 if gpu.arch < 100 or block_k2 else 8192) else 8
+        warps = 8 if most or rows * columns > (24_576 if gpu.arch < 100 or block_k2 else 8192) else 4
         for box in dict.fromkeys([*_boxes(problem, depth), *_lines(problem, depth)]):
             stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128) - turned) * (depth // math.prod(box))
             if stages < 2:
                 continue
             formulation = "pixel" if box[1:] == (1, 1) else "box"
+            if most and formulation == "box":
+                continue
             tile = ConvTile(formulation, box, block_k, block_c, warps, stages, block_k2=block_k2, taps=taps)
             shared = [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)]
             found += [one for one in shared if not _waits(one, problem, dtype, gpu)]

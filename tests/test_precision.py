@@ -329,6 +329,47 @@ def test_counted_bytes(formulation: str) -> None:
             *launch_conv.plan_dgrad(problem, y, w, x, **settings),
             *launch_conv.plan_wgrad(problem, y, x, w, **settings),
         ]  # fmt: skip
+    counted(planned)
+
+
+@pytest.mark.parametrize("changes", [{}, {"taps": 2, "block_k2": 16, "splits": 2}], ids=str)
+@pytest.mark.parametrize("arguments", [{"padding": (2, 1)}, {"stride": 2, "groups": 2}], ids=str)
+def test_filter_gradients_of_tf32_read_images_last(arguments: dict[str, Any], changes: dict[str, Any]) -> None:
+    # Small integers: every product and sum is exact in TF32 too.
+    x = torch.randint(-8, 8, (4, 48, 5, 4)).float().contiguous(memory_format=CHANNELS_LAST)[:, 8:40]
+    w = torch.randint(-8, 8, (48, 32 // arguments.get("groups", 1), 3, 2)).float().requires_grad_()
+    dy = torch.randint(-8, 8, F.conv2d(x, w, **arguments).shape).float()
+    tile = {"formulation": "pixel", "box": (16, 1, 1), "block_k": 32, "block_c": 16} | changes
+    y = tk.conv2d(x, w, **arguments, precision="tf32")
+    with tiles.override(**tile):
+        (dw,) = torch.autograd.grad(y, w, dy)
+    (want,) = torch.autograd.grad(F.conv2d(x, w, **arguments), w, dy)
+    assert torch.equal(dw, want)
+
+
+def test_images_are_turned_once_an_operand_and_only_in_batches_that_descriptors_address() -> None:
+    for batch, turns in ((64, 2), (66, 0)):
+        problem = Conv2dProblem(batch, 64, 13, 13, 64, 3, 3, padding=((1, 1), (1, 1)))
+        x, w, y = (torch.empty(s, device="meta", memory_format=CHANNELS_LAST)
+                   for s in (problem.x_shape, problem.w_shape, problem.y_shape))  # fmt: skip
+        with tiles.override(formulation="pixel"):
+            planned = launch_conv.plan_wgrad(problem, y, x, w, gpu=H100, precision="tf32")
+            strict = launch_conv.plan_wgrad(problem, y, x, w, gpu=H100, precision="ieee")
+        assert [launch.kernel.__name__ for launch in planned].count("turn") == turns
+        assert "turn" not in [launch.kernel.__name__ for launch in strict]
+
+
+@pytest.mark.skipif(not hardware.interpreting(), reason="counts in Triton's interpreter")
+def test_counted_bytes_of_images_last() -> None:
+    problem = Conv2dProblem(4, 24, 3, 3, 40, 3, 2, padding=((1, 1), (1, 0)))
+    x, w, y = (torch.randn(s).contiguous(memory_format=CHANNELS_LAST)
+               for s in (problem.x_shape, problem.w_shape, problem.y_shape))  # fmt: skip
+    with tiles.override(formulation="pixel", box=(16, 1, 1), block_k=32, block_c=16, taps=2):
+        counted(launch_conv.plan_wgrad(problem, y, x, w, gpu=hardware.INTERPRETER, precision="tf32"))
+
+
+def counted(planned: list[Any]) -> None:
+    """The traffic that is said of every launch is what the interpreter counts."""
     for launch in planned:
         with interpreter.count_bytes() as count:
             launch.run()
@@ -340,14 +381,16 @@ def test_counted_bytes(formulation: str) -> None:
 
 @pytest.mark.slow
 def test_loops_compile_without_spills_and_multiply_asynchronously() -> None:
-    rows = inspect.inspect_all([case for case in CONVOLUTIONS if case.layer in ("conv2", "conv5")], ["sm_90"])
+    tf32 = cases.cases("alexnet", 128, ["tf32"], ["wgrad"], ALEXNET)
+    rows = inspect.inspect_all([case for case in CONVOLUTIONS if case.layer in ("conv2", "conv5")] + tf32, ["sm_90"])
     for row in rows:
         name = f"{row['case']} {row['kernel']} {row['tile']}"
         assert row["failure"] is None and row["fits"], name
         assert row["stack_bytes"] == row["spills"] == 0, name
         if row["role"] == "main":
-            assert "HGMMA" in row["mma"] and "BF16" in row["mma"] and not row["serialised"], name
+            kind = "TF32" if row["dtype"] == "tf32" else "BF16"
+            assert "HGMMA" in row["mma"] and kind in row["mma"] and not row["serialised"], name
             assert row["loop_loads"].keys() == {"UTMALDG"}, name
             assert row["other_per_mma"] <= (48 if row["pass"] == "wgrad" else 20), name
-        elif row["kernel"] == "split":
-            assert set(row["loop_loads"]) == {"LDG.128", "STG.128"}, name
+        elif row["kernel"] in ("split", "turn"):
+            assert {"LDG.128", "STG.128"} == {kind for kind in row["loop_loads"] if "G." in kind}, name

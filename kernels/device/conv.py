@@ -489,7 +489,8 @@ def wgrad_box(
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
     TAPS: tl.constexpr,  # 1 or 2
-    PIXEL: tl.constexpr,  # one pixel of BOX_N images: no box straddles an edge, so both operands are matrices
+    PIXEL: tl.constexpr,  # 1: one pixel of BOX_N images: no box straddles an edge, so both operands are matrices
+    # 2: the same, and the descriptors are of [all of an image, N], box [BLOCK, BOX_N]
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,  # of x and dy
     ACC: tl.constexpr,
@@ -622,7 +623,9 @@ def _pixel_load(
     image, n, h, w, g, c0, C, pitch_h, pitch_w, GROUPS: tl.constexpr, PIXEL: tl.constexpr, PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if PIXEL:
+    if PIXEL == 2:
+        box = image.load([h * pitch_h + w * pitch_w + g * C + c0, n]).T
+    elif PIXEL:
         box = image.load([n, h * pitch_h + w * pitch_w + g * C + c0])
     elif GROUPS == 1:
         box = image.load([n, h, w, c0]).reshape(PIXELS, BLOCK)

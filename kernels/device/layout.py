@@ -71,6 +71,25 @@ def depth_to_space(
     tl.store(dw + i, tl.load(y + block * DEPTH + d, mask=i < SIZE, other=0.0), mask=i < SIZE)
 
 
+# y[i, n] = x[n, i]: images beside each other, so that sums over them run along memory.
+@triton.jit
+def turn(
+    x,  # pointer to N rows, stride_x apart
+    y,  # pointer to [WIDTH, N]
+    N,
+    WIDTH,
+    stride_x,
+    ROWS: tl.constexpr,  # of x
+    COLS: tl.constexpr,
+):
+    blocks = tl.cdiv(N, ROWS)
+    n = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i = (tl.program_id(0) // blocks).to(tl.int64) * COLS + tl.arange(0, COLS)
+    inside = (n < N)[:, None] & (i < WIDTH)[None, :]
+    value = tl.load(x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0)
+    tl.store(y + i[:, None] * N + n[None, :], value.T, mask=inside.T)
+
+
 # y[n, c, h, w] = x[n, c, h, w], zero from W on: rows that start at aligned addresses, for any x.
 @triton.jit
 def widen(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tileconv.kernels import fp32, layout, tiles
+from tileconv.kernels import cost, fp32, layout, tiles
 from tileconv.kernels.device import conv as device
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart, Filters
 from tileconv.kernels.hardware import GPU
@@ -23,8 +23,9 @@ from tileconv.kernels.launch.descriptors import (
     image_descriptor,
     matrix_descriptor,
     row_descriptor,
+    row_length,
 )
-from tileconv.kernels.launch.layout import plan_depth_to_space, plan_space_to_depth
+from tileconv.kernels.launch.layout import plan_depth_to_space, plan_space_to_depth, plan_turn
 from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.launch.pointwise import plan_add_slices
 from tileconv.kernels.launch.split import plan_split
@@ -176,21 +177,42 @@ def plan_wgrad(
         kernel = device.wgrad_box
         planes = problem.groups * fp32.parts(precision)
         x, dy = for_descriptor(x, planes), for_descriptor(dy, planes)
-        describe = row_descriptor if tile.formulation == "pixel" else image_descriptor
+        describe: Callable[..., TensorDescriptor] = row_descriptor if tile.formulation == "pixel" else image_descriptor
+        turned = tile.formulation == "pixel" and cost.turned(problem, x.dtype, precision, gpu)
+        matrices = {"x": x, "dy": dy}
+        if turned:
+            describe = _turned_descriptor
+            for name, image in matrices.items():
+                matrices[name], turn = _turn(image, gpu)
+                splits.append(turn)
         arguments |= {
-            "x": describe(x, planes, tile.box, tile.block_c),
-            "dy": describe(dy, planes, tile.box, tile.block_k),
-            "dy2": describe(dy, planes, tile.box, tile.block_k2) if tile.block_k2 else None,
+            "x": describe(matrices["x"], planes, tile.box, tile.block_c),
+            "dy": describe(matrices["dy"], planes, tile.box, tile.block_k),
+            "dy2": describe(matrices["dy"], planes, tile.box, tile.block_k2) if tile.block_k2 else None,
             "TAPS": tile.taps, "BLOCK_K2": tile.block_k2,
             "pitch_xh": x.stride(2), "pitch_xw": x.stride(3), "pitch_yp": dy.stride(2), "pitch_yq": dy.stride(3),
-            "stride_h": problem.stride[0], "stride_w": problem.stride[1], "PIXEL": tile.formulation == "pixel",
-            "BOX_N": tile.box[0], "BOX_H": tile.box[1], "BOX_W": tile.box[2],
+            "stride_h": problem.stride[0], "stride_w": problem.stride[1],
+            "PIXEL": 2 if turned else int(tile.formulation == "pixel"), "BOX_N": tile.box[0],
+            "BOX_H": tile.box[1], "BOX_W": tile.box[2],
         }  # fmt: skip
     taps = 1 if tile.formulation == "gather" else triton.cdiv(problem.taps, tile.taps)
     blocks = triton.cdiv(columns, tile.block_c) * triton.cdiv(problem.group_filters, tile.rows)
     programs = blocks * taps * problem.groups * tile.splits
     launches = [*splits, Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]
+
+
+def _turn(image: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, Launch]:
+    """Everything of an image by images [WIDTH, N], as row_descriptor counts it, and the launch that writes it."""
+    rows = image.as_strided((image.shape[0], row_length(tuple(image.shape), image.stride())), (image.stride(0), 1))
+    turned = scratch(torch.empty(rows.shape[::-1], dtype=image.dtype, device=image.device))
+    return turned, plan_turn(rows, turned, gpu=gpu)
+
+
+def _turned_descriptor(
+    turned: torch.Tensor, groups: int, box: tuple[int, int, int], channels: int
+) -> TensorDescriptor:  # fmt: skip
+    return matrix_descriptor(turned, (channels, box[0]))
 
 
 def _in_parts(

@@ -45,6 +45,11 @@ def row_descriptor(image: torch.Tensor, groups: int, box: Box, channels: int) ->
     return filled(_rows(tuple(image.shape), image.stride(), image.dtype, box[0], channels), image)
 
 
+def row_length(shape: Extents, strides: Extents) -> int:
+    """From an image's first element to its last, gaps included."""
+    return sum((extent - 1) * stride for extent, stride in zip(shape[1:], strides[1:], strict=True)) + 1
+
+
 def matrix_descriptor(matrix: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
     """A matrix as it is."""
     return filled(_matrix(tuple(matrix.shape), matrix.stride(), matrix.dtype, box), matrix)
@@ -80,9 +85,8 @@ def _image(
 
 @lru_cache(maxsize=4096)
 def _rows(shape: Extents, strides: Extents, dtype: torch.dtype, images: int, channels: int) -> TensorDescriptor:
-    row = sum((extent - 1) * stride for extent, stride in zip(shape[1:], strides[1:], strict=True)) + 1
     pitch = strides[0] if shape[0] > 1 else shape[1]
-    return TensorDescriptor(_nothing(dtype), [shape[0], row], [pitch, 1], [images, channels])
+    return TensorDescriptor(_nothing(dtype), [shape[0], row_length(shape, strides)], [pitch, 1], [images, channels])
 
 
 @lru_cache(maxsize=4096)

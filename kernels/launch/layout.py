@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from tileconv.kernels import tiles
+from tileconv.kernels import small_tiles, tiles
 from tileconv.kernels.device import layout as device
 from tileconv.kernels.geometry import Pair
 from tileconv.kernels.hardware import GPU
@@ -24,6 +24,16 @@ def plan_space_to_depth(x: torch.Tensor, y: torch.Tensor, stride: Pair, padding:
     }  # fmt: skip
     programs = count * rows * triton.cdiv(columns, tile.rows)
     return Launch(device.space_to_depth, (programs,), arguments, tile.num_warps, 1, f"{tile.rows}x{cols}")
+
+
+def plan_turn(rows: torch.Tensor, turned: torch.Tensor, *, gpu: GPU) -> Launch:
+    """The launch that writes turned [WIDTH, N], contiguous, from rows [N, WIDTH], each of them contiguous."""
+    count, width = rows.shape
+    tile = small_tiles.choose_turn(count, width, rows.dtype, gpu)
+    arguments = {"x": rows, "y": turned, "N": count, "WIDTH": width, "stride_x": rows.stride(0), "ROWS": tile.rows,
+                 "COLS": tile.cols}  # fmt: skip
+    programs = triton.cdiv(count, tile.rows) * triton.cdiv(width, tile.cols)
+    return Launch(device.turn, (programs,), arguments, tile.num_warps, 1, str(tile))
 
 
 def plan_depth_to_space(y: torch.Tensor, dw: torch.Tensor, stride: Pair, *, gpu: GPU) -> Launch:
