@@ -78,8 +78,12 @@ class Case:
 
     @property
     def precision(self) -> str:
-        """What the kernels are told about 4-byte products."""
-        return self.dtype if self.dtype in ("tf32", "bf16x3", "bf16x6") else "ieee"
+        return precision_of(self.dtype)
+
+
+def precision_of(dtype: str) -> str:
+    """What the kernels are told about 4-byte products."""
+    return dtype if dtype in ("tf32", "bf16x3", "bf16x6") else "ieee"
 
 
 def passes_of(shape: Shape) -> tuple[str, ...]:

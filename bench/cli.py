@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tileconv.model.command import fail
 from tileconv.model.shapes_command import shapes_command
 from tileconv.model.train import train
 
@@ -74,12 +75,6 @@ def steps(console: Console) -> Iterator[Steps]:
         yield Steps(console, bars)
 
 
-def _fail(error: Exception) -> NoReturn:
-    """A user's mistake: one line on stderr, exit status 2."""
-    typer.echo(f"tileconv: {error}", err=True)
-    raise typer.Exit(2)
-
-
 def _say(console: Console, text: str) -> None:
     """Plain text: no markup, no colours, no wrapping at a terminal's width."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -129,7 +124,7 @@ def bench(
         typer.echo("tileconv: interrupted before anything was measured; nothing was written", err=True)
         raise typer.Exit(130) from None
     except (ValueError, ImportError) as error:
-        _fail(error)
+        fail(error)
     _say(console, f"\nReport: {paths[0]} (also {paths[1].name}; data: {paths[-1]})")
     for line in headline(record):
         _say(console, line)
@@ -188,7 +183,7 @@ def selftest(
         typer.echo(f"tileconv: {error}", err=True)
         raise typer.Exit(3) from None
     except (ValueError, ImportError, OSError) as error:
-        _fail(error)
+        fail(error)
     for line in summary(found):
         _say(console, line)
     if found.failed:
@@ -276,7 +271,7 @@ def inspect(
         if json_file is not None:
             save(record, json_file)
     except (ValueError, ImportError, OSError) as error:
-        _fail(error)
+        fail(error)
     _print_inspections(console, record)
     for name in suite_of(suite).left_out:
         _say(console, f"Left out, because there is no kernel for it: {name}")
@@ -363,7 +358,7 @@ def report(
         require_writable(folder)
         paths = render_report(loaded, folder)
     except (ValueError, OSError) as error:
-        _fail(error)
+        fail(error)
     console = Console()
     _say(console, f"Report: {paths[0]}")
     for line in headline(loaded):
@@ -388,7 +383,7 @@ def compare_command(
     try:
         found = compare(load(a), load(b), percentage(fail_above), force=force)
     except (ValueError, OSError) as error:
-        _fail(error)
+        fail(error)
     console = Console()
     shown = [row.cells for row in found.rows if every or row.verdict != "same"]
     _print_table(console, f"{b} against {a}: {found.kind}", COLUMNS, shown)
@@ -434,7 +429,7 @@ def env() -> None:
 
         left_out = len(excluded.listed(device.name))
     except (ImportError, ValueError) as error:
-        _fail(error)
+        fail(error)
     console = Console()
     _say(console, f"device: {device.name} ({device.kind})")
     _say(console, f"machine: {machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB")

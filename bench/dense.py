@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from tileconv.model.command import fail
+
 from .cases import DTYPES
 from .document import Table
 from .networks import known
@@ -99,8 +101,7 @@ def dense(
     try:
         table = dense_table(dense_rows(network or NETWORKS, size, dtype, arch))
     except (ValueError, ImportError) as error:
-        typer.echo(f"tileconv: {error}", err=True)
-        raise typer.Exit(2) from None
+        fail(error)
     drawn = Drawn(box=None, pad_edge=False)
     for i, name in enumerate(table.header):
         drawn.add_column(name, justify="left" if i < 3 else "right", overflow="fold")

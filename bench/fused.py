@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .cases import DTYPES, conv_problem
+from .cases import DTYPES, conv_problem, precision_of
 from .networks import Shape, known
 from .problems import conv_pool_problem
 
@@ -56,11 +56,7 @@ def launch(shape: Shape, dtype: str, gpu: Any) -> Any:
     problem, pool, kind = conv_problem(shape), conv_pool_problem(shape), DTYPES[known("dtype", dtype, DTYPES)]
     x, w, y = (image(extents, kind) for extents in (problem.x_shape, problem.w_shape, pool.y_shape))
     bias, switch = torch.empty(problem.K, dtype=kind, device="meta"), image(pool.y_shape, torch.uint8)
-    return plan_conv_pool(problem, pool, x, w, bias, y, switch, gpu=gpu, precision=_precision(dtype))
-
-
-def _precision(dtype: str) -> str:
-    return "tf32" if dtype == "tf32" else "ieee"
+    return plan_conv_pool(problem, pool, x, w, bias, y, switch, gpu=gpu, precision=precision_of(dtype))
 
 
 def kept_bytes(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
@@ -79,7 +75,7 @@ def row(shape: Shape, dtype: str, gpu: Any) -> dict[str, Any]:
     from tileconv.kernels import pool_tiles
 
     known("dtype", dtype, DTYPES)
-    operands = (conv_problem(shape), conv_pool_problem(shape), DTYPES[dtype], _precision(dtype), gpu)
+    operands = (conv_problem(shape), conv_pool_problem(shape), DTYPES[dtype], precision_of(dtype), gpu)
     reason = pool_tiles.why_separate(*operands)
     possible = pool_tiles.why_impossible(*operands) is None
     one, two = pool_tiles.modelled_us(*operands) if possible else (None, None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .cases import Case, by_weight, flops_of, launches, shape_of
+from .cases import FORWARD, Case, by_weight, flops_of, launches, shape_of
 from .clocks import Gauge, Watch
 from .gates import Reference, reference, verdict
 from .networks import Shape
@@ -25,7 +25,6 @@ from .workers import Answer, Progress, describe_error
 
 SHORT_US = 100.0  # below this a call is also timed as replayed from a CUDA graph, without the host's part
 BUFFERS = 3  # copies of the operands that cold calls go round
-FORWARD = ("fprop", "forward")
 # What a pass reads; with its result, each byte once, this is what GB/s are counted of.
 READS = {
     "fprop": ("x", "w", "b"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x"), "forward": ("x", "indices", "target"),

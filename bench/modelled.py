@@ -27,7 +27,7 @@ def product_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
     if run_tiles.in_runs(problem, "fprop", dtype, "ieee"):
         choose = run_tiles.choose_runs
         if problem.runs(dtype.itemsize) is None:
-            inner = problem.widened(-(-problem.W // 8) * 8)
+            inner = problem.in_aligned_rows
             moved = [(problem.x_shape, inner.x_shape)]
         moved.append((problem.w_shape, problem.w_shape))
     elif tiles.first_layer(problem, "fprop", dtype, gpu):

@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from .cases import DTYPES, Case, conv_problem, shape_of
+from .cases import DTYPES, FORWARD, Case, conv_problem, shape_of
 from .networks import Shape, known
 from .passes import Call, Side, Tensors, forward, im2col, work
+from .problems import PRODUCTS
 
 CONVOLUTIONS = ("conv2d", "conv1d", "conv_transpose2d", "conv2d_im2col")
-PRODUCTS = (*CONVOLUTIONS, "linear", "locally_connected2d")
-FORWARD = ("fprop", "forward")
 Applies = Callable[[Case, Shape], bool]
 Around = Callable[[Case], AbstractContextManager[None]]
 

@@ -21,6 +21,7 @@ from tileconv.kernels.geometry import Conv2dProblem, DgradPart
 from tileconv.kernels.launch import conv as launch_conv
 from tileconv.kernels.launch import depthwise
 from tileconv.kernels.tiles import ConvTile
+from tileconv.model.command import fail
 
 from .cases import DTYPES, Case, cases, conv_problem, shape_of
 from .check import budget, largest_difference
@@ -250,8 +251,7 @@ def tune(
         asked = cases(suite, batch, dtype or ["fp16"], pass_ or tiles.PASSES, layer or ())
         todo = [unit for case in asked for unit in units(case, shape_of(case), gpu)]
     except (ValueError, ImportError, OSError) as error:
-        typer.echo(f"tileconv: {error}", err=True)
-        raise typer.Exit(2) from None
+        fail(error)
     done: list[Outcome] = []
     for outcome in outcomes(todo, CudaTimer(), gpu, minutes=minutes):
         done.append(outcome)

@@ -343,9 +343,8 @@ class _Rates:
                 instructions = 30 + 1.5 * products + loads
             self.shared = 0.0
         self.issue = instructions * tile.num_warps / 4
-        self.alone = (
-            0.0  # what waits for the step before, and lets that after it wait: operands on their way in registers
-        )
+        # What waits for the step before, and lets that after it wait: operands on their way in registers.
+        self.alone = 0.0
         self.latency = LOAD_CYCLES / max(1, tile.num_stages - 1)
 
     def step(self, active: int, programs: int) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
+
+from tileconv.kernels import folders
 
 VARIABLE = "TILECONV_EXCLUDE"  # another file; empty: nothing is excluded
 FIELDS = ("gpu", "triton", "pass", "tile", "reason")
@@ -17,14 +18,7 @@ Tile = TypeVar("Tile")
 
 def path() -> Path | None:
     """The file: $TILECONV_EXCLUDE, or excluded.json in the user's cache folder; None where the variable is empty."""
-    wish = os.environ.get(VARIABLE)
-    if wish is not None:
-        return Path(wish) if wish else None
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "tileconv" / "excluded.json"
-    except RuntimeError:  # a user without a home
-        return None
+    return folders.named(VARIABLE, "tileconv/excluded.json")
 
 
 def load(file: Path | None) -> list[Entry]:

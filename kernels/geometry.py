@@ -152,6 +152,11 @@ class Conv2dProblem:
         depth = -(-self.C * stride_h * stride_w // 8) * 8
         return Conv2dProblem(N=self.N, C=depth, H=self.P - 1 + R, W=self.Q - 1 + S, K=self.K, R=R, S=S)
 
+    @property
+    def in_aligned_rows(self) -> Conv2dProblem:
+        """The same outputs from an image whose rows are filled up with zeros to a multiple of eight."""
+        return self.widened(-(-self.W // 8) * 8)
+
     def widened(self, width: int) -> Conv2dProblem:
         """The same outputs from an image filled up with zeros to `width` columns."""
         (top, (before, after)), more = self.padding, width - self.W

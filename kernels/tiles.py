@@ -368,9 +368,8 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
             continue
         if gpu.arch >= 100 and (size > 32_768 or tile.taps == 2):
             continue
-        if (
-            not wgrad and 4 * tile.block_k * tile.pixels > gpu.shared_block
-        ):  # where fp32 outputs line up for their store
+        # There fp32 outputs line up for their store.
+        if not wgrad and 4 * tile.block_k * tile.pixels > gpu.shared_block:
             continue
         if (tile.block_k2 and tile.taps == 2) or (gpu.arch >= 100 and size > 16_384):
             tile = replace(tile, num_warps=8)

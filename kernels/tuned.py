@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tileconv.kernels import excluded, tiles
+from tileconv.kernels import excluded, folders, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.tiles import ConvTile
@@ -58,14 +58,7 @@ class Entry:
 
 def user_folder() -> Path | None:
     """Where a user's files are kept: $TILECONV_CACHE, or tileconv in the user's cache folder; None for none."""
-    wish = os.environ.get(CACHE_VARIABLE)
-    if wish is not None:
-        return Path(wish) if wish else None
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "tileconv"
-    except RuntimeError:  # a user without a home
-        return None
+    return folders.named(CACHE_VARIABLE, "tileconv")
 
 
 def table_path() -> Path | None:

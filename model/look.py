@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import typer
 from torch import Tensor, nn
 
 from tileconv.kernels import functional as TF
+from tileconv.model.command import fail
 from tileconv.model.data import MEAN, PHOTOGRAPHS, STD, photographs
 
 DIGIT_MEAN, DIGIT_STD = 0.1307, 0.3081  # of MNIST's training pictures
@@ -342,13 +343,7 @@ def show(
         write(out, draw(network, picture, f"{model}, {note}: {image.name}"))
         typer.echo(f"written: {out}")
     except (ValueError, ImportError, OSError) as error:
-        _fail(error)
-
-
-def _fail(error: Exception) -> NoReturn:
-    """A user's mistake: one line on stderr, exit status 2."""
-    typer.echo(f"tileconv: {error}", err=True)
-    raise typer.Exit(2)
+        fail(error)
 
 
 if __name__ == "__main__":

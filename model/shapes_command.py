@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tileconv.model.command import fail
 from tileconv.model.shapes import SIZES, Row, network, shapes, short, totals
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def shapes_command(
         shape = (batch, channels_of(built), extent, extent)
         rows = shapes(built, shape, strict=strict)
     except (ValueError, ImportError) as error:
-        _fail(error)
+        fail(error)
     _print(Console(), model, shape, rows, parts)
 
 
@@ -84,12 +85,6 @@ def _print(console: Console, model: str, shape: Sequence[int], rows: Sequence[Ro
     wide.print(drawn, highlight=False, markup=False)
     for text in summary(rows, shape):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _fail(error: Exception) -> NoReturn:
-    """A user's mistake: one line on stderr, exit status 2."""
-    typer.echo(f"tileconv: {error}", err=True)
-    raise typer.Exit(2)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tileconv.model.command import fail
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +70,7 @@ def train(
             if trainer.world.rank == 0:
                 finish(trainer, out, report, console, whole)
     except (ValueError, ImportError, OSError) as error:
-        _fail(error)
+        fail(error)
     if not whole:
         raise typer.Exit(3)
 
@@ -236,12 +238,6 @@ def finish(trainer: Trainer, out: Path, report: Path | None, console: Console, w
     console.print(f"written: {out.name}/checkpoint.pt, history.json, curve.png")
     if report is not None:
         console.print(f"report: {curve.write_report(record, report)}")
-
-
-def _fail(error: Exception) -> NoReturn:
-    """A user's mistake: one line on stderr, exit status 2."""
-    typer.echo(f"tileconv: {error}", err=True)
-    raise typer.Exit(2)
 
 
 if __name__ == "__main__":

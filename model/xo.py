@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import typer
 from torch import Tensor, nn
 
 from tileconv.kernels import functional as TF
+from tileconv.model.command import fail
 
 SIZE = 9
 CLASSES = ("X", "O")
@@ -430,13 +431,7 @@ def xo(
         if report is not None:
             typer.echo(f"report: {write_report(run, report)}")
     except (ValueError, ImportError, OSError) as error:
-        _fail(error)
-
-
-def _fail(error: Exception) -> NoReturn:
-    """A user's mistake: one line on stderr, exit status 2."""
-    typer.echo(f"tileconv: {error}", err=True)
-    raise typer.Exit(2)
+        fail(error)
 
 
 if __name__ == "__main__":

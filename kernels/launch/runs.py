@@ -31,7 +31,7 @@ def prepare(
     flat, rows = _in_rows(problem, x)
     if _lies_right(flat, rows):
         return flat, rows, []
-    wide = problem.widened(-(-problem.W // 8) * 8)
+    wide = problem.in_aligned_rows
     if wide.runs(x.itemsize) is None:
         return None
     copy = scratch(torch.empty(wide.x_shape, dtype=x.dtype, device=x.device))
