@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from tileconv.kernels import cost, tiles
+from tileconv.kernels import cost, excluded, fp32, tiles
 from tileconv.kernels.geometry import Conv2dProblem, Pool2dProblem
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.tiles import ConvTile, power_of_two
@@ -58,6 +58,8 @@ def why_impossible(
     """None if one kernel can run, whether it pays or not, else why it cannot."""
     if not gpu.has_descriptors:
         return f"one kernel needs tensor descriptors (sm_90 or newer); this is {gpu.name}"
+    if fp32.parts(precision) > 1:
+        return f"precision={precision!r} multiplies parts of fp32, which the kernel that pools does not read"
     if dtype.itemsize > 2 and (dtype, precision) != (torch.float32, "tf32"):
         return f"products of {dtype} at precision={precision!r} do not run on tensor cores"
     if tiles.first_layer(problem, "fprop", dtype, gpu):
@@ -68,6 +70,17 @@ def why_impossible(
         return "depthwise convolutions have a kernel of their own"
     if pool.dilation != (1, 1) or pool.taps > 256:
         return "one kernel takes windows of at most 256 elements without dilation"
+    return None if gpu.interprets or tiles.forced() else _why_no_tile(problem, pool, dtype, gpu)
+
+
+@lru_cache(maxsize=4096)
+def _why_no_tile(problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, gpu: GPU) -> str | None:
+    every = candidates(problem, pool, dtype, gpu)
+    if not every:
+        return f"no tile for {problem.N} images and windows of {pool.kernel} fits {gpu.name}'s registers"
+    wrong = excluded.names(gpu.name, "fprop")
+    if all(str(tile) in wrong for tile in every):
+        return f"a self-test on {gpu.name} excluded every tile of the kernel that pools"
     return None
 
 
@@ -101,7 +114,10 @@ def _whole(problem: Conv2dProblem, pool: Pool2dProblem) -> bool:
 def choose_pooled(
     problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> ConvTile:
-    """The tile of the kernel that convolves and pools; `tiles.override` is honoured or raises ValueError."""
+    """The tile of the kernel that convolves and pools; `tiles.override` is honoured or raises ValueError.
+
+    Raises RuntimeError where a self-test excluded every tile that could be chosen.
+    """
     changes = tiles.forced()
     formulation = changes.pop("formulation", None)
     tile = _choose(problem, pool, dtype, precision, gpu, None if formulation is None else str(formulation))
@@ -117,6 +133,8 @@ def _choose(
     if gpu.interprets:
         return _interpreter_tile(problem, pool, formulation)
     found = [tile for tile in candidates(problem, pool, dtype, gpu) if formulation in (None, tile.formulation)]
+    # A self-test runs the convolution's kernel; what is wrong there is not trusted here, where the loop is the same.
+    found = excluded.without(found, gpu.name, "fprop")
     if not found:
         return ConvTile(str(formulation), (64, 1, 1), 64, 128 // dtype.itemsize)
     return min(found, key=lambda tile: cost.predict_pooled(problem, pool, tile, dtype, precision, gpu))
@@ -136,7 +154,7 @@ def _interpreter_tile(problem: Conv2dProblem, pool: Pool2dProblem, formulation: 
 
 
 def candidates(problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
-    """The tiles that a chooser weighs: those that compile to clean loops, see tests/test_conv_pool.py."""
+    """The tiles that compile to clean loops, see tests/test_conv_pool.py."""
     depth = 128 // dtype.itemsize
     found = []
     for pixels, block_k in itertools.product((64, 128, 256), (64, 128, 256)):

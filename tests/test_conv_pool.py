@@ -287,6 +287,8 @@ def test_the_faster_way_is_taken() -> None:
 REASONS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "no descriptors": ({}, "A100", "ieee", "needs tensor descriptors"),
     "fp32": ({}, "H100", "ieee", "do not run on tensor cores"),
+    "parts of fp32": ({}, "H100", "bf16x6", "multiplies parts of fp32"),
+    "windows that overlap, few images": ({}, "B200", "tf32", "no tile for 2 images and windows of (3, 3) fits B200"),
     "channels": ({"C": 6}, "H100", "tf32", "6 channels of torch.float32 are no multiple of 16 bytes"),
     "first layer": ({"C": 3, "stride": (2, 2)}, "H100", "tf32", "a first layer runs on blocks"),
     "depthwise": ({"groups": 64}, "H100", "tf32", "no multiple of 16 bytes"),
@@ -299,7 +301,8 @@ def test_why_two_kernels(case: str) -> None:
     changes, gpu, precision, why = REASONS[case]
     problem = Conv2dProblem(**{"N": 2, "C": 64, "H": 20, "W": 20, "K": 64, "R": 3, "S": 3} | changes)
     dilation = (2, 2) if case == "dilated pool" else (1, 1)
-    pool = Pool2dProblem(2, 64, problem.P, problem.Q, (2, 2), (2, 2), dilation=dilation)
+    kernel = (3, 3) if "overlap" in case else (2, 2)
+    pool = Pool2dProblem(2, 64, problem.P, problem.Q, kernel, (2, 2), dilation=dilation)
     reason = pool_tiles.why_separate(problem, pool, torch.float32, precision, hardware.GPUS[gpu])
     assert reason is not None and why in reason
 

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from tileconv.bench import cases, cli, problems, selftest, workers
 from tileconv.bench.cli import app
 from tileconv.bench.selftest import Test as Trial
-from tileconv.kernels import excluded, hardware, run_tiles, tiles
-from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels import excluded, hardware, pool_tiles, run_tiles, tiles
+from tileconv.kernels.geometry import Conv2dProblem, Pool2dProblem
+from tileconv.kernels.launch import conv_pool as launch_conv_pool
 
 H100 = hardware.GPUS["H100"]
 FILE_VARIABLE = excluded.VARIABLE
@@ -188,6 +189,60 @@ def test_a_first_layer_in_runs_leaves_excluded_tiles_out(file):
     run_tiles.choose_runs.cache_clear()
     assert run_tiles.choose_runs(problem, "fprop", torch.float16, "ieee", H100) != best
     run_tiles.choose_runs.cache_clear()
+
+
+@pytest.fixture
+def pooled(file):
+    """A convolution, the max-pool behind it and a dtype; and a function that excludes tiles and forgets choices."""
+
+    def forget():
+        excluded.forget()
+        for cached in (pool_tiles._choose, pool_tiles._why_slower, pool_tiles._why_no_tile, tiles._choose):
+            cached.cache_clear()
+
+    def exclude(names):
+        file.write_text(json.dumps([an_entry(tile=str(name)) for name in names]))
+        forget()
+
+    problem = Conv2dProblem(128, 128, 112, 112, 128, 3, 3, padding=((1, 1), (1, 1)))
+    pool = Pool2dProblem(128, 128, 112, 112, (2, 2), (2, 2))
+    forget()
+    yield (problem, pool, torch.float16), exclude
+    forget()
+
+
+def test_a_convolution_that_pools_leaves_excluded_tiles_out(pooled):
+    operands, exclude = pooled
+    best = pool_tiles.choose_pooled(*operands, "ieee", H100)
+    assert pool_tiles.fuse_pool(*operands, "ieee", H100)
+    exclude([best])
+    second = pool_tiles.choose_pooled(*operands, "ieee", H100)
+    assert second != best and second in pool_tiles.candidates(*operands, H100)
+    assert pool_tiles.choose_pooled(*operands, "ieee", dataclasses.replace(H100, name="another GPU")) == best
+    with tiles.override(**{f.name: getattr(best, f.name) for f in dataclasses.fields(best)}):
+        assert pool_tiles.choose_pooled(*operands, "ieee", H100) == best, "what is insisted on is done"
+
+
+def test_a_convolution_that_pools_runs_as_two_kernels_where_no_tile_is_left(pooled):
+    operands, exclude = pooled
+    problem, pool, dtype = operands
+    exclude(pool_tiles.candidates(*operands, H100))
+    reason = pool_tiles.why_impossible(*operands, "ieee", H100)
+    assert reason == "a self-test on H100 excluded every tile of the kernel that pools"
+    assert pool_tiles.why_separate(*operands, "ieee", H100) == reason
+
+    def image(extents, kind=dtype):
+        return torch.empty(extents, dtype=kind, device="meta", memory_format=torch.channels_last)
+
+    y, switch = image(pool.y_shape), image(pool.y_shape, torch.uint8)
+    arguments = (problem, pool, image(problem.x_shape), image(problem.w_shape), None, y, switch)
+    apart = launch_conv_pool.plan(
+        *arguments, gpu=H100, activation="relu", precision="ieee", channels_last=True, batch_invariant=False
+    )
+    assert [launch.kernel.__name__ for launch in apart] == ["fprop_box", "max_forward"]
+    assert apart[0].tile not in map(str, pool_tiles.candidates(*operands, H100))
+    with pytest.raises(RuntimeError, match="every tile for this fprop failed the self-test on H100"):
+        launch_conv_pool.plan_conv_pool(*arguments, gpu=H100)
 
 
 def test_no_tile_left_is_said_where_it_is_met(file, monkeypatch):

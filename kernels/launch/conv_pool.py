@@ -56,7 +56,8 @@ def plan_conv_pool(
     """The launch that writes y [N, K, pool.P, pool.Q] and, if given, switch (uint8, laid out like y) from x and w.
 
     Between convolution and pool is a ReLU, and bias before it if given.
-    Raises ValueError where the kernel cannot run; pool_tiles.why_separate says beforehand.
+    Raises ValueError where the kernel cannot run, and RuntimeError where a self-test excluded all of its tiles;
+    pool_tiles.why_separate says both beforehand.
     """
     tile = pool_tiles.choose_pooled(problem, pool, x.dtype, precision, gpu)
     if reason := pool_tiles.why_invalid(tile, problem, pool, x.dtype, gpu):
