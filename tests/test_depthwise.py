@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,3 +148,16 @@ def test_conv2d_takes_this_way_unless_a_formulation_is_asked_for() -> None:
     grads = zip(torch.autograd.grad(ours, (x, w), dy), torch.autograd.grad(want, (x, w), dy.double()), strict=True)
     for our, their in grads:
         torch.testing.assert_close(our, their.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_weight_gradient_is_rounded_once_a_step_and_once_a_level() -> None:
+    case = Case("long", (2, 8, 160, 160), (3, 3), padding=(1, 1))
+    x, dy, dw = torch.rand(case.x), torch.rand(case.x), layout.empty_image(case.w, torch.empty(0), True)
+    first, second = depthwise.plan_wgrad(case.problem, dy, x, dw, gpu=GPU)
+    first.run(), second.run()
+    w = torch.zeros(case.w, dtype=torch.float64, requires_grad=True)
+    (exact,) = torch.autograd.grad(F.conv2d(x.double(), w, padding=1, groups=8), w, dy.double())
+    a = first.arguments
+    roundings = 1 + a["LOOPS"] + math.log2(a["COLUMNS"]) + second.arguments["SLICES"]
+    assert roundings < 24, "else the bound lets a sum pass that is added up one by one"
+    assert ((dw.double() - exact).abs() <= roundings * 2**-24 * exact).all()

@@ -307,6 +307,31 @@ def run_reduce(op: str, x: Tensor, combine: Any = None) -> tuple[Tensor, Tensor]
     return y, at
 
 
+@triton.jit
+def sums_kernel(x, down, across, both, M: tl.constexpr, N: tl.constexpr):
+    m, n = tl.arange(0, M), tl.arange(0, N)
+    v = tl.load(x + m[:, None] * N + n[None, :])
+    tl.store(down + n[None, :], tl.sum(v, axis=0, keep_dims=True))
+    tl.store(across + m, tl.sum(v, axis=1))
+    tl.store(both, tl.sum(v))
+    tl.store(both + 1, tl.sum(v, keep_dims=True).reshape(()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit"),
+    [(torch.float32, 2**-24), (torch.float64, 2**-52), (torch.int32, 0)],
+    ids=["fp32", "fp64", "int32"],
+)
+def test_a_term_of_a_sum_is_rounded_as_often_as_a_tree_is_high(dtype: torch.dtype, unit: float) -> None:
+    """numpy adds 32,768 rows one after the other, and is off by up to 3.5 times the bound."""
+    x = torch.rand(32_768, 8).to(dtype) if dtype.is_floating_point else torch.randint(-9, 9, (32_768, 8), dtype=dtype)
+    down, across, both = (torch.empty(size, dtype=dtype) for size in (8, 32_768, 2))
+    sums_kernel[(1,)](x, down, across, both, M=32_768, N=8)
+    for got, height, axes in ((down, 15, 0), (across, 3, 1), (both, 18, (0, 1))):
+        exact = x.double().sum(axes)
+        assert ((got.double() - exact).abs() <= height * unit * exact.abs()).all()
+
+
 @pytest.mark.parametrize("op", ["sum", "max", "min", "argmax", "cumsum"])
 def test_bf16_reductions(op: str) -> None:
     x = torch.randn(8, 32).round(decimals=1).bfloat16()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tileconv.bench import cases, cli, problems, selftest, workers
+from tileconv.bench import cases, cli, selftest, workers
 from tileconv.bench.cli import app
 from tileconv.bench.selftest import Test as Trial
 from tileconv.kernels import excluded, hardware, pool_tiles, run_tiles, tiles
@@ -123,9 +123,7 @@ def test_every_pass_of_every_operation_is_called_rightly(op):
     """Each pass alone, ours against PyTorch's in float64, on the first layer of its operation."""
     number, shape = next((i, s) for i, s in enumerate(selftest.shapes()) if s.op == op)
     for pass_ in cases.passes_of(shape):
-        # The interpreter adds fp32 one by one where a GPU adds in a tree: sums alone are compared in bf16.
-        dtype = "bf16" if pass_ == "backward" and op in problems.PRODUCTS else "fp32"
-        assert selftest.run_test(Trial(number, pass_, dtype), "cpu") == "", pass_
+        assert selftest.run_test(Trial(number, pass_, "fp32"), "cpu") == "", pass_
 
 
 # A run
