@@ -1,4 +1,4 @@
-"""Tiles of the kernels beside the convolution engine: locally connected layers and depthwise convolution."""
+"""Tiles of the kernels beside the convolution engine: locally connected and depthwise layers, and partial sums."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def choose_local(rows: int, columns: int, depth: int, dtype: torch.dtype, gpu: G
     most = 512 if gpu.interprets else (32 if dtype.itemsize == 8 else 64)
     extents = [min(max(power_of_two(extent), 16), most) for extent in (rows, columns, depth)]
     return ProductTile(extents[0], extents[1], extents[2] if gpu.interprets else min(extents[2], 128 // dtype.itemsize))
+
+
+def choose_slices(slices: int, size: int, dtype: torch.dtype, gpu: GPU) -> ElementwiseTile:
+    """The tile of the sum of `slices` parts of `size` elements, written as `dtype`: rows are parts added side by side.
+
+    Columns give way to rows until programs fill the SMs, down to 32 columns, a cache line of fp32: one row of 64 bias
+    gradients waits for memory 66 times to add 264 parts, four loads each time; 64 rows of 32 wait five times.
+    """
+    tile = choose_elementwise(slices, size, dtype, gpu)
+    rows, cols, most = tile.rows, tile.cols, power_of_two(slices)
+    while rows < most and cols > 32 and -(-size // cols) < gpu.sms:
+        rows, cols = 2 * rows, cols // 2
+    return replace(tile, rows=rows, cols=cols)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,23 @@
-"""ReLU and dropout."""
+"""ReLU and dropout, and sums over pixels and partial sums, long ones too."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import tileconv.kernels as tk
+from tileconv.kernels import hardware, reference
+from tileconv.kernels.hardware import GPU
+from tileconv.kernels.launch import pointwise
+
+H100 = hardware.GPUS["H100"]
+ONE_SM = replace(H100, sms=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -67,3 +78,66 @@ def test_dropout_edges() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         tk.dropout(torch.randn(50, 50, requires_grad=True))
     assert [t.numel() for t in kept] == [1]
+
+
+# -- sums --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slices", "size", "gpu", "rows"),
+    [
+        pytest.param(264, 67, hardware.INTERPRETER, 512, id="the interpreter's tile"),
+        pytest.param(264, 67, H100, 32, id="an H100's tile"),
+        pytest.param(264, 2100, ONE_SM, 1, id="one row"),
+        pytest.param(7, 2100, replace(H100, sms=40), 8, id="more rows than parts"),
+    ],
+)
+def test_parts_are_added_within_budget(slices: int, size: int, gpu: GPU, rows: int, device: torch.device) -> None:
+    parts, out = torch.rand(slices, size, device=device), torch.empty(size, device=device)
+    launch = pointwise.plan_add_slices(parts, out, gpu=gpu)
+    assert launch.arguments["ROWS"] == rows
+    launch.run()
+    exact = parts.double().sum(0)
+    roundings = -(-slices // rows) + rows.bit_length() - 1
+    assert ((out.double() - exact).abs() <= roundings * 2**-24 * exact).all()
+    if rows > 1:  # one row is for so many elements that their parts are few
+        assert (out.double() - exact).abs().max() <= reference.allowed_error(exact, parts.sum(0))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked by ReLU"])
+@pytest.mark.parametrize("gpu", [hardware.INTERPRETER, H100, ONE_SM], ids=["interpreter", "many strips", "long strips"])
+def test_column_sums_are_float64s_on_whole_numbers(gpu: GPU, masked: bool, device: torch.device) -> None:
+    dy, y = (torch.randint(-3, 4, (3, 40, 17, 19), device=device).half() for _ in range(2))
+    dy, y = (t.contiguous(memory_format=torch.channels_last) for t in (dy, y))
+    dx, sums = torch.empty_like(y), torch.empty(40, dtype=torch.float16, device=device)
+    planned = pointwise.plan_bias_backward(dy, y if masked else None, dx if masked else None, sums, gpu=gpu)
+    for launch in planned:
+        launch.run()
+    assert gpu is not ONE_SM or planned[0].arguments["LOOPS"] > 1
+    want = torch.where(y > 0, dy, 0) if masked else dy
+    assert torch.equal(sums.double(), want.double().sum((0, 2, 3)))
+    assert not masked or torch.equal(dx, want)
+
+
+def bias_gradient(lib: Any, dy: Tensor) -> Tensor:
+    b = torch.zeros(dy.shape[1], dtype=dy.dtype, device=dy.device, requires_grad=True)
+    y = lib.conv2d(dy.new_zeros(dy.shape[0], 1, *dy.shape[2:]), dy.new_zeros(dy.shape[1], 1, 1, 1), b)
+    return torch.autograd.grad(y, b, dy)[0]
+
+
+def mean_loss(lib: Any, x: Tensor) -> Tensor:
+    loss: Tensor = lib.cross_entropy(x, torch.arange(x[:, 0].numel(), device=x.device).reshape(x[:, 0].shape) % 5)
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("compute", "shape"),
+    [pytest.param(bias_gradient, (2, 8, 160, 160), id="bias"), pytest.param(mean_loss, (1, 5, 512, 512), id="loss")],
+)
+def test_long_sums_are_within_budget(
+    compute: Callable[[Any, Tensor], Tensor], shape: tuple[int, ...], device: torch.device
+) -> None:
+    x = torch.rand(shape, device=device)
+    exact = compute(F, x.double())
+    error = (compute(tk.functional, x).double() - exact).abs().max().item()
+    assert error <= reference.allowed_error(exact, compute(F, x))

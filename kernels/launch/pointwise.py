@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from tileconv.kernels import tiles
+from tileconv.kernels import small_tiles, tiles
 from tileconv.kernels.device import pointwise as device
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch, accumulator, index_type
@@ -31,8 +31,14 @@ def plan_dropout(x: torch.Tensor, y: torch.Tensor, seed: torch.Tensor, p: float,
 
 
 def plan_add_slices(parts: torch.Tensor, out: torch.Tensor, *, gpu: GPU) -> Launch:
-    """The launch that writes out = parts[0] + parts[1] + ... in this order; both contiguous."""
-    return _flat(device.add_slices, {"parts": parts, "out": out, "SLICES": parts.shape[0]}, out.numel(), out, gpu)
+    """The launch that writes out = parts[0] + parts[1] + ..., in the same order in every run; both contiguous."""
+    slices, size = parts.shape[0], out.numel()
+    tile = small_tiles.choose_slices(slices, size, out.dtype, gpu)
+    arguments = {
+        "parts": parts, "out": out, "SLICES": slices, "SIZE": size, "INDEX": index_type(out),
+        "ROWS": tile.rows, "COLS": tile.cols,
+    }  # fmt: skip
+    return Launch(device.add_slices, (triton.cdiv(size, tile.cols),), arguments, tile.num_warps, 1, str(tile))
 
 
 def plan_bias_backward(
