@@ -13,7 +13,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import traffic_layers
@@ -99,20 +99,49 @@ def _products(parts: int) -> list[tuple[int, int]]:
 def _fprop_box(a: Arguments) -> Traffic:
     size, groups, K, C = _itemsize(a["x"]), a["GROUPS"], a["K"], a["C"]
     rows, columns = _axes(a)
-    (h, h_ranges), (w, w_ranges) = rows.rows(), columns.rows()
-    filter_tiles = _cdiv(K, a["BLOCK_K"] + a["BLOCK_K2"])
-    pixels = a["N"] * h * w * C * groups * filter_tiles * size * len(_products(a["PARTS"]))
-    images = _cdiv(a["N"], a["BOX_N"])
+    h, h_ranges = rows.rows()
+    w, w_ranges = _beside_each_other(a, columns)
+    filter_tiles = _cdiv(K, _filters(a))
+    pixels = h * w * C * groups * filter_tiles * size * len(_products(a["PARTS"]))
     filters = 0
     for ((r0, r1), r_count), ((s0, s1), s_count) in itertools.product(h_ranges.items(), w_ranges.items()):
-        taps = [a["TAP_0"] + r * a["TAP_R"] + s * a["TAP_S"] for r in range(r0, r1) for s in range(s0, s1)]
-        filters += images * r_count * s_count * sum(_filter_elements(a, tap) for tap in taps)
-    whole, partial, bias = _outputs(a, filter_tiles)
+        taps = itertools.product(range(r0, r1), range(s0, s1))
+        filters += r_count * s_count * sum(_filter_elements(a, r, s) for r, s in taps)
+    whole, partial, bias = _outputs(a, filter_tiles, h_ranges.total() * w_ranges.total())
     bias_bytes = bias * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
     written = whole * _itemsize(a["y"]) + partial * 4
     weights = groups * K * C * a["R"] * a["S"] * size * a["PARTS"]
     least = _image_bytes(a) + weights + written + (groups * K * _itemsize(a["bias"]) if bias_bytes else 0)
     return Traffic(pixels + filters * size + bias_bytes, written, least)
+
+
+def _beside_each_other(a: Arguments, axis: _Axis) -> tuple[int, Counter[tuple[int, int]]]:
+    """Of all programs for one row of boxes: pixels that they load along it, and how many have each range of taps."""
+    if not a["HALF"]:
+        shift = a["SHIFT"]
+        loaded, ranges = replace(axis, taps=axis.taps + shift).rows(list(range(0, axis.outputs, axis.box + shift)))
+        images = _cdiv(a["N"], a["BOX_N"])
+        return a["N"] * loaded, Counter({taps: images * count for taps, count in ranges.items()})
+    box = a["BOX_N"], a["BOX_W"]
+    half = (box[0] // 2, box[1]) if box[0] > 1 else (1, box[1] // 2)
+    places = [
+        [(n, q) for n in range(0, a["N"], images) for q in range(start, stop, width)]
+        for (images, width), start, stop in ((box, 0, a["WHOLE"]), (half, a["WHOLE"], axis.outputs))
+    ]
+    loaded, ranges = 0, Counter[tuple[int, int]]()
+    for j, pair in enumerate(itertools.zip_longest(*places)):
+        # A program that finds no box of a kind left meets the taps of one beyond the last image.
+        taps = []
+        for (_, width), start, stop in zip((box, half), (0, a["WHOLE"]), (a["WHOLE"], axis.outputs), strict=True):
+            taps.append(replace(axis, box=width).range_of(start + j % _cdiv(stop - start, width) * width))
+        low, high = min(first for first, _ in taps), max(last for _, last in taps)
+        ranges[low, max(low, high)] += 1
+        for place, (images, width) in zip(pair, (box, half), strict=True):
+            if place is not None:
+                first = place[1] * axis.stride - axis.pad
+                inside = sum(_clip(first + tap * axis.dilation, width, axis.extent) for tap in range(low, high))
+                loaded += _clip(place[0], images, a["N"]) * inside
+    return loaded, ranges
 
 
 def _fprop_pool(a: Arguments) -> Traffic:
@@ -124,11 +153,11 @@ def _fprop_pool(a: Arguments) -> Traffic:
     (h, h_ranges), (w, w_ranges) = (axis.rows(s) for axis, s in zip(axes, starts, strict=True))
     filter_tiles, images = _cdiv(K, a["BLOCK_K"]), _cdiv(a["N"], a["BOX_N"])
     pixels = a["N"] * h * w * a["C"] * groups * filter_tiles * size
-    plain = a | {"BLOCK_K2": 0, "TRANSPOSED": False, "PARTS": 1}
+    plain = a | {"BLOCK_K2": 0, "TRANSPOSED": False, "PARTS": 1, "SHIFT": 0, "TAP_0": 0, "TAP_R": a["S"], "TAP_S": 1}
     filters = 0
     for ((r0, r1), r_count), ((s0, s1), s_count) in itertools.product(h_ranges.items(), w_ranges.items()):
-        taps = [r * a["S"] + s for r in range(r0, r1) for s in range(s0, s1)]
-        filters += images * r_count * s_count * sum(_filter_elements(plain, tap) for tap in taps)
+        taps = itertools.product(range(r0, r1), range(s0, s1))
+        filters += images * r_count * s_count * sum(_filter_elements(plain, r, s) for r, s in taps)
     bias = groups * K * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
     written = a["N"] * a["POOLED_P"] * a["POOLED_Q"] * groups * K
     written *= _itemsize(a["y"]) + (0 if a["switch"] is None else 1)
@@ -150,53 +179,64 @@ def _pool_starts(a: Arguments, axis: _Axis, window: str, pooled: str) -> list[in
     return [place for start in starts for place in range(start, start + extent) if 0 <= place < axis.outputs]
 
 
-def _filter_elements(a: Arguments, tap: int) -> int:
-    """Filter elements that one pixel box loads for one tap: all groups and tiles, clipped by the matrix alone."""
+def _filters(a: Arguments) -> int:
+    """Different filters of a program; with SHIFT the second product takes those of the first."""
+    return int(a["BLOCK_K"] if a["SHIFT"] else a["BLOCK_K"] + a["BLOCK_K2"])
+
+
+def _filter_elements(a: Arguments, r: int, s: int) -> int:
+    """Filter elements that one pixel box loads for the taps it meets at (r, s): all groups and tiles, clipped by the
+    matrix alone.  With SHIFT the second product is one tap behind, and either one's may lie beyond the filter.
+    """
     height, width = a["w"].shape
+    blocks = [(a["BLOCK_K"], 0, s)] if s < a["S"] else []
+    if a["BLOCK_K2"] and s >= a["SHIFT"]:
+        blocks.append((a["BLOCK_K2"], _filters(a) - a["BLOCK_K2"], s - a["SHIFT"]))
     total = 0
-    blocks = [(a["BLOCK_K"], 0)] + ([(a["BLOCK_K2"], a["BLOCK_K"])] if a["BLOCK_K2"] else [])
-    for g, k0 in itertools.product(range(a["GROUPS"]), range(0, a["K"], a["BLOCK_K"] + a["BLOCK_K2"])):
-        for (block, shift), c, (_, part) in itertools.product(
+    for g, k0 in itertools.product(range(a["GROUPS"]), range(0, a["K"], _filters(a))):
+        for (block, below, tap_s), c, (_, part) in itertools.product(
             blocks, range(0, a["C"], a["BLOCK_C"]), _products(a["PARTS"])
         ):
-            k, depth, column = k0 + shift, c, tap * a["PARTS"] + part
+            tap = a["TAP_0"] + r * a["TAP_R"] + tap_s * a["TAP_S"]
+            k, column = k0 + below, tap * a["PARTS"] + part
             if a["TRANSPOSED"]:
-                total += _clip(g * a["C"] + depth, a["BLOCK_C"], height) * _clip(column * a["K"] + k, block, width)
+                total += _clip(g * a["C"] + c, a["BLOCK_C"], height) * _clip(column * a["K"] + k, block, width)
             else:
-                total += _clip(g * a["K"] + k, block, height) * _clip(column * a["C"] + depth, a["BLOCK_C"], width)
+                total += _clip(g * a["K"] + k, block, height) * _clip(column * a["C"] + c, a["BLOCK_C"], width)
     return total
 
 
-def _outputs(a: Arguments, filter_tiles: int) -> tuple[int, int, int]:
+def _outputs(a: Arguments, filter_tiles: int, boxes: int) -> tuple[int, int, int]:
     """Elements of y and of partial sums that a box launch writes, and elements of bias that it reads."""
-    starts = [range(0, a[extent], a[box]) for extent, box in (("N", "BOX_N"), ("P", "BOX_H"), ("Q", "BOX_W"))]
     whole = a["N"] * a["P"] * a["Q"] * a["K"] * a["GROUPS"]
-    boxes = len(starts[0]) * len(starts[1]) * len(starts[2])
-    bias = boxes * a["GROUPS"] * a["K"]
+    times = 1 + a["SHIFT"] + a["HALF"]  # a program finishes so many boxes
+    bias = boxes * a["GROUPS"] * a["K"] * times
     if a["SPLITS"] == 1:
         return whole, 0, bias
-    rows = a.get("ROWS") or a["BLOCK_K"] + a["BLOCK_K2"]
-    shared = list(_shared_tiles(a, starts, filter_tiles, rows))
+    rows = a["BLOCK_K"] + a["BLOCK_K2"]
+    shared = list(_shared_tiles(a, filter_tiles, _filters(a)))
     partial = len(shared) * a["SPLITS"] * rows * a["BOX_N"] * a["BOX_H"] * a["BOX_W"]
-    return whole - sum(k * pixels for _, k, pixels in shared), partial, bias - sum(k for _, k, _ in shared)
+    return whole - sum(k * pixels for _, k, pixels in shared), partial, bias - times * sum(k for _, k, _ in shared)
 
 
-def _shared_tiles(a: Arguments, starts: list[range], filter_tiles: int, rows: int) -> Iterator[tuple[int, int, int]]:
+def _shared_tiles(a: Arguments, filter_tiles: int, filters: int) -> Iterator[tuple[int, int, int]]:
     """(first filter, filters, pixels) of every tile whose depth is shared: those from FULL on, filters fastest."""
+    extents = [(a["N"], a["BOX_N"]), (a["P"], a["BOX_H"]), (a["Q"], a["BOX_W"] + a["SHIFT"])]
+    starts = [range(0, extent, box) for extent, box in extents]
     order = itertools.product(*starts, range(a["GROUPS"]), range(filter_tiles))
-    for n, p, q, g, k in itertools.islice(order, a["FULL"], None):
-        pixels = _clip(n, a["BOX_N"], a["N"]) * _clip(p, a["BOX_H"], a["P"]) * _clip(q, a["BOX_W"], a["Q"])
-        yield g * a["K"] + k * rows, _clip(k * rows, rows, a["K"]), pixels
+    for *place, g, k in itertools.islice(order, a["FULL"], None):
+        pixels = math.prod(_clip(start, box, extent) for start, (extent, box) in zip(place, extents, strict=True))
+        yield g * a["K"] + k * filters, _clip(k * filters, filters, a["K"]), pixels
 
 
 def _fprop_finish(a: Arguments) -> Traffic:
-    starts = [range(0, a[extent], a[box]) for extent, box in (("N", "BOX_N"), ("P", "BOX_H"), ("Q", "BOX_W"))]
-    shared = list(_shared_tiles(a, starts, _cdiv(a["K"], a["ROWS"]), a["ROWS"]))
+    filters = a["ROWS"] // (1 + a["SHIFT"])
+    shared = list(_shared_tiles(a, _cdiv(a["K"], filters), filters))
     pixels = a["BOX_N"] * a["BOX_H"] * a["BOX_W"]
     parts = len(shared) * a["SPLITS"] * a["ROWS"] * pixels * _itemsize(a["parts"])
     written = sum(k * inside for _, k, inside in shared) * _itemsize(a["y"])
     bias = _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
-    read = parts + sum(k for _, k, _ in shared) * pixels // a["BLOCK_P"] * bias
+    read = parts + sum(k for _, k, _ in shared) * (1 + a["SHIFT"]) * pixels // a["BLOCK_P"] * bias
     touched = sum({first: k for first, k, _ in shared}.values())
     return Traffic(read, written, parts + written + touched * bias)
 
@@ -234,15 +274,20 @@ def _wgrad_box(a: Arguments) -> Traffic:
     second = a.get("BLOCK_K2", 0)
     row_tiles = range(0, K, a["BLOCK_K"] + second)
     blocks = [(a["BLOCK_K"], 0)] + ([(second, a["BLOCK_K"])] if second else [])
+    half = a["BLOCK_C"] // 2 if a.get("HALF", 0) else 0
+    column_tiles = range(0, C, a["BLOCK_C"] + half)
+    wide = [(a["BLOCK_C"], 0)] + ([(half, a["BLOCK_C"])] if half else [])
     read = 0
     for tap in range(0, taps, per_program):
         mine = [min(tap + i, taps - 1) for i in range(per_program)]
         ps, qs = _wgrad_range(a, mine, "H"), _wgrad_range(a, mine, "W")
         for g, (x_part, y_part) in itertools.product(range(groups), _products(a["PARTS"])):
             x_plane, y_plane = x_part * groups + g, y_part * groups + g
-            grads = [(y_plane * K + k0 + shift, block, K - k0 - shift) for k0 in row_tiles for block, shift in blocks]
-            read += len(range(0, C, a["BLOCK_C"])) * _wgrad_load(a, "dy", ps, qs, None, grads)
-            channels = [(x_plane * C + c0, a["BLOCK_C"], C - c0) for c0 in range(0, C, a["BLOCK_C"])]
+            grads = [(y_plane * K + k0 + below, block, K - k0 - below) for k0 in row_tiles for block, below in blocks]
+            read += len(column_tiles) * _wgrad_load(a, "dy", ps, qs, None, grads)
+            channels = [
+                (x_plane * C + c0 + right, block, C - c0 - right) for c0 in column_tiles for block, right in wide
+            ]
             read += len(row_tiles) * sum(_wgrad_load(a, "x", ps, qs, one, channels) for one in mine)
     written = a["SPLITS"] * groups * K * taps * C * _itemsize(a["dw"])
     least = _image_bytes(a) + a["N"] * a["P"] * a["Q"] * K * groups * a["PARTS"] * size + written

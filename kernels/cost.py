@@ -11,6 +11,7 @@ It is an upper bound made of published rates; `tests/test_cost.py` holds it to p
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,11 +58,16 @@ class Tile(Protocol):
     @property
     def shift(self) -> bool: ...
     @property
+    def half(self) -> bool: ...
+    @property
     def rows(self) -> int: ...
     @property
     def filters(self) -> int: ...
     @property
     def pixels(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    def boxes(self, problem: Conv2dProblem) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,7 @@ class _Shape:
     fresh_bytes: float | None = None  # what a step's columns take from L2, where L1 holds the rest
     loads: float = 0.0  # loads of runs, for every element of the columns
     narrow: bool = False  # pointers reach the operands' channels one by one
+    inside: float = 1.0  # share of a box's channels that there are: the copy engine fetches no others
 
     def stage_bytes(self, itemsize: int) -> int:
         """Shared memory of a step."""
@@ -227,18 +234,19 @@ class _Shape:
     def step_bytes(self, itemsize: int) -> float:
         """What a step takes from L2."""
         if self.fresh_bytes is None:
-            return self.stage_bytes(itemsize)
+            return (self.rows + self.columns * self.inside) * self.depth * itemsize
         return self.fresh_bytes + self.rows * self.depth * itemsize
 
 
 def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
     K, C = problem.group_filters, problem.group_channels
     row_tiles = -(-K // tile.filters)
+    pixels, inside = tile.pixels, 1.0
     if tile.formulation == "gather":
-        pixels = problem.N * problem.P * problem.Q
-        boxes = -(-pixels // tile.pixels)
+        outputs = problem.N * problem.P * problem.Q
+        boxes = -(-outputs // pixels)
         steps: float = -(-problem.taps * C // tile.block_c) if tile.flat else problem.taps * -(-C // tile.block_c)
-        columns = pixels / (boxes * tile.pixels)
+        columns = outputs / (boxes * pixels)
     else:
         n, h, w = tile.box
         images = -(-problem.N // n)
@@ -251,9 +259,15 @@ def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
         )  # fmt: skip
         boxes = images * rows * cols
         steps = row_pairs * col_pairs / (rows * cols) * -(-C // tile.block_c)
-        columns = problem.N * problem.P * problem.Q / (boxes * tile.pixels * (1 + tile.shift))
+        if tile.half:  # a box and the half box beside it lie apart: together they hardly ever miss a tap of a row
+            boxes = tile.boxes(problem)
+            steps = row_pairs / rows * problem.S * -(-C // tile.block_c)
+            pixels += pixels // 2
+        columns = problem.N * problem.P * problem.Q / (boxes * pixels * (1 + tile.shift))
+        inside = C / (-(-C // tile.block_c) * tile.block_c)
     tiles = boxes * row_tiles * problem.groups
-    return _Shape(tiles, steps, tile.rows, tile.pixels, tile.block_c, K / (row_tiles * tile.filters), columns)
+    useful_rows = K / (row_tiles * tile.filters)
+    return _Shape(tiles, steps, tile.rows, pixels, tile.block_c, useful_rows, columns, inside=inside)
 
 
 def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
@@ -275,10 +289,10 @@ def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
             lost = (boxes - pairs / window) / 2 if tile.taps == 2 else 0.0
             reached *= pairs / window + (lost if outputs == problem.Q else 0.0)
         steps = reached * -(-problem.N // n)
-    column_tiles = -(-columns // tile.block_c)
+    column_tiles = -(-columns // tile.channels)
     tiles = row_tiles * column_tiles * taps * problem.groups
-    useful = columns / (column_tiles * tile.block_c) * (problem.taps / (taps * tile.taps) if taps > 1 else 1.0)
-    return _Shape(tiles, steps, tile.rows, tile.block_c * tile.taps, tile.pixels, K / (row_tiles * tile.rows), useful)
+    useful = columns / (column_tiles * tile.channels) * (problem.taps / (taps * tile.taps) if taps > 1 else 1.0)
+    return _Shape(tiles, steps, tile.rows, tile.channels * tile.taps, tile.pixels, K / (row_tiles * tile.rows), useful)
 
 
 def _runs_shape(problem: Conv2dProblem, pass_: str, tile: Tile, item: int) -> _Shape:
@@ -309,6 +323,27 @@ def _runs_shape(problem: Conv2dProblem, pass_: str, tile: Tile, item: int) -> _S
     )  # fmt: skip
 
 
+def _warp_groups(shape: _Shape, tile: Tile) -> tuple[float, float]:
+    """For each 32 bytes of depth: the products that a warp issues, and the lines of operands that all of them read.
+
+    A product of 64 rows and up to 256 columns reads all of those from shared memory.  Warp groups divide the rows of a
+    block, 64 each, and then its columns.
+    """
+    groups = max(1, tile.num_warps // 4)
+    rows_of = (shape.rows - tile.block_k2, tile.block_k2) if tile.block_k2 else (shape.rows,)
+    columns_of: tuple[int, ...] = (shape.columns // tile.taps,) * tile.taps
+    if tile.half:
+        columns_of = shape.columns * 2 // 3, shape.columns // 3
+    issued = lines = 0.0
+    for rows, columns in itertools.product(rows_of, columns_of):
+        along_rows = min(groups, max(1, rows // 64))
+        width = columns * along_rows / groups
+        products = max(1.0, rows / 64) * math.ceil(width / 256) * groups / along_rows
+        issued += products / groups
+        lines += products * (64 + min(256, width))
+    return issued, lines
+
+
 class _Rates:
     """Cycles that one step takes on one SM, by what it uses."""
 
@@ -322,17 +357,17 @@ class _Rates:
         on_tensor_cores = dtype.itemsize == 2 or precision == "tf32"
         self.tensor = flops * gpu.clock * gpu.sms / gpu.peak(dtype, precision) / TENSOR_LOAD
         if gpu.arch >= 90 and on_tensor_cores:
-            # Compiled loops: 87 instructions and two for each product of a warp, 30 more for a second row of products.
-            products = flops / (2 * 64 * min(256, shape.columns) * 32 // dtype.itemsize) / max(1, tile.num_warps // 4)
-            instructions = 87 + 2 * products + 30 * ((tile.block_k2 > 0) + (tile.taps > 1))
+            products, reads = _warp_groups(shape, tile)
+            products *= shape.depth * dtype.itemsize / 32
+            # Compiled loops: 87 instructions and two for each product of a warp, 30 more for a second row of products,
+            # 43 for half a box more.
+            instructions = 87 + 2 * products + 30 * ((tile.block_k2 > 0) + (tile.taps > 1)) + 43 * tile.half
             if tile.formulation == "gather":  # addresses and masks: of every element, or of 16 bytes at once
                 elements = (shape.rows + shape.columns) * shape.depth / (32 * tile.num_warps)
                 # Compiled, 21 to 257 channels of fp16 fetched one by one take 6 to 15 an element.
                 instructions = 60 + elements * (13 if tile.flat else 10 if shape.narrow else 2.5)
             if tile.formulation == "runs":
                 instructions = 60 + 2 * products + loads
-            # A warp group reads its 64 rows and all columns from shared memory for every product, 128 bytes a cycle.
-            reads = shape.rows / 64 * (64 + min(256, shape.columns)) * max(1, shape.columns // 256)
             self.shared = reads * shape.depth * dtype.itemsize / 128
             if loads:  # their way into shared memory is shorter than the copy engine's: 128 bytes a cycle too
                 self.shared += self.stage / 128
@@ -345,15 +380,15 @@ class _Rates:
         self.issue = instructions * tile.num_warps / 4
         # What waits for the step before, and lets that after it wait: operands on their way in registers.
         self.alone = 0.0
-        self.latency = LOAD_CYCLES / max(1, tile.num_stages - 1)
+        self.stages_ahead = max(1, tile.num_stages - 1)
 
     def step(self, active: int, programs: int) -> float:
         """The slowest, where `active` SMs run `programs` each: fewer SMs leave each more of L2, up to its port."""
         share = min(L2_PORT, self.gpu.l2 / self.gpu.clock / max(1, active))
-        return (
-            max(self.tensor, self.issue, self.shared, self.bytes / share, self.latency / programs)
-            + self.alone / programs
-        )
+        transfer = self.bytes / share
+        # A step's operands are asked for as many steps ahead as there are buffers but one.
+        latency = (LOAD_CYCLES + transfer) / self.stages_ahead / programs
+        return max(self.tensor, self.issue, self.shared, transfer, latency) + self.alone / programs
 
     def phase(self, ctas: int, steps: float, out_bytes: int, resident: int) -> float:
         """Cycles of `ctas` equal programs: whole waves, one program an SM at a time, then what is left over."""

@@ -29,9 +29,10 @@ class ConvTile:
     `block_c` is the depth of one step; `flat` steps through (r, s, c) flattened instead of through the channels.
     `block_k2` filters more share its pixels in a second product.  `splits` programs share the depth of a tile: of all
     tiles, or of the last `tail` ones, those that would leave most of the GPU idle in their wave.  With `shift` the
-    second product makes the next output column, from the same pixels and the same filters.
-    In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 or 2) taps, and `splits` share
-    the pixels.
+    second product makes the next output column, from the same pixels and the same filters.  With `half` a program makes
+    half a box more with the same filters: boxes cover the first columns of the output, half boxes the others.
+    In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 or 2) taps, with `half` half as
+    many channels more of one tap, and `splits` share the pixels.
     """
 
     formulation: str
@@ -46,6 +47,7 @@ class ConvTile:
     tail: int = 0
     taps: int = 1
     shift: bool = False
+    half: bool = False
 
     @property
     def rows(self) -> int:
@@ -61,9 +63,39 @@ class ConvTile:
     def pixels(self) -> int:
         return math.prod(self.box)
 
-    def boxes(self, problem: Conv2dProblem) -> int:
-        """How many boxes cover the outputs of one group; with `shift` a box stands for two columns."""
+    @property
+    def channels(self) -> int:
+        """Channels that a program of wgrad makes of a tap."""
+        return self.block_c + self.block_c // 2 * self.half
+
+    @property
+    def half_box(self) -> tuple[int, int, int] | None:
+        """Half a box: of its images, or of its columns if it has but one image."""
+        if not self.half:
+            return None
         n, h, w = self.box
+        return (n // 2, h, w) if n > 1 else (n, h, w // 2)
+
+    def whole_columns(self, problem: Conv2dProblem) -> int:
+        """With `half`: how many columns of the output boxes cover so that the fewest programs make all."""
+        return min(range(self.box[2], problem.Q, self.box[2]), key=lambda columns: self._in_row(problem, columns))
+
+    def _in_row(self, problem: Conv2dProblem, whole: int) -> int:
+        """Programs of one row of boxes, where boxes cover the first `whole` columns and half boxes the others."""
+        assert self.half_box is not None
+        return max(
+            -(-problem.N // box[0]) * -(-columns // box[2])
+            for box, columns in ((self.box, whole), (self.half_box, problem.Q - whole))
+        )
+
+    def boxes(self, problem: Conv2dProblem) -> int:
+        """How many boxes cover the outputs of one group; with `shift` a box stands for two columns.
+
+        With `half` a box and the half box beside it count as one.
+        """
+        n, h, w = self.box
+        if self.half:
+            return -(-problem.P // h) * self._in_row(problem, self.whole_columns(problem))
         return -(-problem.N // n) * -(-problem.P // h) * -(-problem.Q // (w + self.shift))
 
     def __str__(self) -> str:
@@ -73,6 +105,7 @@ class ConvTile:
         rows = f"({self.block_k}+{self.block_k2})" if self.block_k2 else str(self.block_k)
         rows = f"2x{self.block_k}" if self.shift else rows
         size = f"{box}*{rows}*{self.block_c}" + (f"*{self.taps} taps" if self.taps > 1 else "")
+        size += " +half" if self.half else ""
         return f"{self.formulation} {size}{flat}{splits} w{self.num_warps} s{self.num_stages}"
 
 
@@ -103,6 +136,15 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
             )
     elif tile.block_k2 and (tile.block_k2 != power_of_two(tile.block_k2) or not 16 <= tile.block_k2 < tile.block_k):
         return f"block_k2={tile.block_k2} must be 0 or a power of two of at least 16, below block_k={tile.block_k}"
+    if tile.half:
+        ready = tile.splits == 1 and not tile.shift and tile.box[0] * tile.box[2] > 1 and tile.box[2] < problem.Q
+        if pass_ == "wgrad":
+            ready = tile.taps == 1 and tile.block_c >= 32
+        if tile.formulation == "gather" or not ready:
+            return (
+                "half needs box or pixel; in fprop and dgrad splits 1, no shift, a box of two images or columns and "
+                "columns beside it; in wgrad taps 1 and block_c of at least 32"
+            )
     if tile.splits < 1 or tile.tail < 0:
         return f"splits={tile.splits} must be at least 1 and tail={tile.tail} at least 0"
     if (tile.block_k2 or (tile.splits > 1 and pass_ != "wgrad")) and tile.formulation == "gather":
@@ -361,7 +403,9 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
     least = -(-depth // fp32.LONGEST_SUM) if precision == "bf16x6" else 1
     found = []
     for tile in tiles:
-        size = tile.rows * (tile.block_c * tile.taps if wgrad else tile.pixels)
+        if tile.half and least > 1 and not wgrad:
+            continue  # it shares no depth
+        size = tile.rows * (tile.channels * tile.taps if wgrad else tile.pixels + tile.pixels // 2 * tile.half)
         if tile.formulation == "gather":  # a step's products have a sum of their own before they are added
             if size <= (8192 if not wgrad else 4096 if addressable(problem, pass_, torch.bfloat16) else 2048):
                 found.append(replace(tile, num_warps=8) if size > 4096 else tile)
@@ -377,15 +421,27 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
     return list(dict.fromkeys(found))
 
 
+def _depths(channels: int, dtype: torch.dtype) -> list[int]:
+    """Steps of 128 bytes of the channels, and of half as many if they leave less of a tap's last step empty.
+
+    Shorter ones have more barriers than products to hide them: 36 other instructions for each.
+    """
+    whole = 128 // dtype.itemsize
+    covered, by_half = (-(-channels // depth) * depth for depth in (whole, whole // 2))
+    return [whole, whole // 2] if by_half < covered else [whole]
+
+
 def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
-    depth = 128 // dtype.itemsize
     found = []
     # Outputs that no descriptor reaches take an address each: compiled for sm_90, 192 of a thread spill 150 times, 128
     # of four bytes 102 times, and so do 64 where a second way out is for shared tiles.
     odd = problem.group_filters * dtype.itemsize % 16 != 0
     rows_of = ((64, 0), (128, 0), (256, 0), (128, 64), (64, 64), (128, 128))
-    for pixels, (block_k, block_k2) in itertools.product((64, 128, 256, 512), rows_of):
+    for depth, pixels, (block_k, block_k2), half in itertools.product(
+        _depths(problem.group_channels, dtype), (64, 128, 256, 512), rows_of, (False, True)
+    ):
         rows, shift = block_k + block_k2, block_k == block_k2
+        columns = pixels + pixels // 2 * half
         # A shifted product multiplies pixels beyond its taps by zero: harmless in a gradient, but a forward pass would
         # carry a NaN or an infinity one column too far.
         if shift and (pass_ != "dgrad" or problem.stride[1] != 1 or problem.dilation[1] != 1 or problem.S == 1):
@@ -395,21 +451,32 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
         if pass_ == "dgrad" and problem.taps == 1 and block_k > 64 and not block_k2:
             continue
         # Triton 3.6 makes products of 192 x 256 wait for each other; 3.7 does not.
-        if rows * pixels > 32_768 and triton_version() < (3, 7):
+        if rows * columns > 32_768 and triton_version() < (3, 7):
             continue
-        if rows * pixels > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
+        if rows * columns > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
             continue
-        warps = 4 if rows * pixels <= (32_768 // dtype.itemsize if odd else 24_576) else 8
-        if odd and rows * pixels > 65_536 // dtype.itemsize:
+        warps = 4 if rows * columns <= (32_768 // dtype.itemsize if odd else 24_576) else 8
+        if odd and rows * columns > 65_536 // dtype.itemsize:
             continue
-        stages = min(4, (gpu.shared_block - 2048) // ((rows + pixels) * 128))
+        most = 4 * 128 // (depth * dtype.itemsize)
+        stages = min(most, (gpu.shared_block - 2048) // ((rows + columns) * depth * dtype.itemsize))
         if stages < 2:
+            continue
+        if half and (odd or shift or pixels not in (128, 256)):
+            continue
+        # For sm_120, whose products take registers, half a box more spills 224 bytes and up, 2 x 128 filters 160.
+        if gpu.arch >= 120 and (half or (shift and block_k > 64)):
+            continue
+        if dtype.itemsize * block_k * pixels > gpu.shared_block:  # outputs on their way out
             continue
         for box in _columns(problem, pixels) if shift else _boxes(problem, pixels):
             formulation = "pixel" if box[1:] == (1, 1) else "box"
-            tile = ConvTile(formulation, box, block_k, depth, warps, stages, block_k2=block_k2, shift=shift)
+            tile = ConvTile(formulation, box, block_k, depth, warps, stages, block_k2=block_k2, shift=shift, half=half)
+            if half:
+                found += [tile] if box[2] < problem.Q and box[0] * box[2] > 1 else []
+                continue
             found += [tile, *_shared_depth(problem, tile, gpu)]
-            if stages == 4:  # fewer buffers may let one more program onto the SM
+            if stages == most == 4:  # fewer buffers may let one more program onto the SM
                 tile = replace(tile, num_stages=3)
                 found += [tile, *_shared_depth(problem, tile, gpu)]
     return [tile for tile in found if not (odd and tile.tail)]
@@ -461,24 +528,30 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
     # For sm_100 4-byte operands, which are turned on their way, take the shared memory of two more steps.
     turned = 2 if gpu.arch // 10 == 10 and dtype.itemsize == 4 else 0
     rows_of = ((64, 0), (128, 0), (256, 0), (128, 64))
-    for (block_k, block_k2), block_c, taps in itertools.product(rows_of, (64, 128, 256), (1, 2)):
-        rows, columns = block_k + block_k2, block_c * taps
-        if rows * columns > 49_152 or (taps == 2 and problem.taps == 1):
+    columns_of = ((1, False), (2, False), (1, True))
+    for (block_k, block_k2), block_c, (taps, half) in itertools.product(rows_of, (64, 128, 256), columns_of):
+        rows, columns = block_k + block_k2, block_c * taps + block_c // 2 * half
+        if rows * columns > 49_152 or (taps == 2 and problem.taps == 1) or (half and block_c == 64):
             continue
         if gpu.arch >= 100 and not block_k2 and rows * columns > 16_384:
             continue  # compiled for sm_100 the sums' way out of tensor memory spills
+        if half and gpu.arch >= 100 and not block_k2:
+            continue  # so it does with 64 x (128 + 64): 56 bytes
+        if gpu.arch >= 120 and (half or block_k2):
+            continue  # compiled for sm_120, whose products take registers, 16 to 1256 bytes spill
         most = dtype.itemsize == 4 and block_k2 > 0 and taps == 2
-        if most and not cost.turned(problem, dtype, "tf32", gpu):
-            continue  # 4-byte operands pass registers on their way, and four products' sums leave too few: spills
+        as_turned = most or (dtype.itemsize == 4 and half)
+        if as_turned and not cost.turned(problem, dtype, "tf32", gpu):
+            continue  # 4-byte operands pass registers on their way, and the sums of four products leave too few: spills
         warps = 8 if most or rows * columns > (24_576 if gpu.arch < 100 or block_k2 else 8192) else 4
         for box in dict.fromkeys([*_boxes(problem, depth), *_lines(problem, depth)]):
             stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128) - turned) * (depth // math.prod(box))
             if stages < 2:
                 continue
             formulation = "pixel" if box[1:] == (1, 1) else "box"
-            if most and formulation == "box":
+            if as_turned and formulation == "box":
                 continue
-            tile = ConvTile(formulation, box, block_k, block_c, warps, stages, block_k2=block_k2, taps=taps)
+            tile = ConvTile(formulation, box, block_k, block_c, warps, stages, block_k2=block_k2, taps=taps, half=half)
             shared = [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)]
             found += [one for one in shared if not _waits(one, problem, dtype, gpu)]
     return found
@@ -506,6 +579,8 @@ def _waits(tile: ConvTile, problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU)
     line = tile.box[1:] == (1, 1) or (tile.box[:2] == (1, 1) and problem.groups == 1)
     if line or gpu.arch // 10 != 9:
         return False
+    if tile.half:
+        return True
     if dtype.itemsize == 4:
         return tile.block_k2 > 0  # with 9 to 52 spills
     return (
@@ -517,7 +592,7 @@ def _splits(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[int]:
     """How many programs may share the pixels of one tile of a filter gradient: up to four waves, eight steps each."""
     channels = problem.group_channels * (problem.taps if tile.flat else 1)
     taps = 1 if tile.flat else -(-problem.taps // tile.taps)
-    programs = -(-channels // tile.block_c) * -(-problem.group_filters // tile.rows) * taps * problem.groups
+    programs = -(-channels // tile.channels) * -(-problem.group_filters // tile.rows) * taps * problem.groups
     steps = max(1, problem.N * problem.P * problem.Q // tile.pixels)
     most = max(1, min(steps // 8, -(-4 * gpu.sms // programs)))
     return sorted({*range(1, min(most, 12) + 1), *(1 << i for i in range(most.bit_length())), most})

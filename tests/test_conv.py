@@ -192,6 +192,8 @@ SHARED = {
     "a second product, shared": {"block_k": 32, "block_k2": 16, "splits": 2, "tail": 2},
     "the next column": {"box": (4, 4, 1), "block_k": 32, "block_k2": 32, "shift": True},
     "the next column, shared": {"box": (4, 4, 1), "block_k": 32, "block_k2": 32, "shift": True, "splits": 3, "tail": 4},
+    "half a box of images more": {"block_k": 32, "block_k2": 16, "half": True},
+    "half a box of columns more": {"box": (1, 8, 2), "half": True},
 }
 
 
@@ -213,12 +215,19 @@ def test_shared_depth_and_second_products(tile: dict[str, Any], memory_format: A
 
 
 @pytest.mark.parametrize("box", [(16, 1, 1), (2, 4, 2)], ids=["pixel", "box"])
-@pytest.mark.parametrize("tile", [{"taps": 2}, {"block_k2": 16}, {"taps": 2, "block_k2": 16, "splits": 3}], ids=str)
+@pytest.mark.parametrize(
+    "tile",
+    [
+        {"taps": 2}, {"block_k2": 16}, {"taps": 2, "block_k2": 16, "splits": 3}, {"block_c": 32, "half": True},
+        {"block_c": 32, "half": True, "block_k2": 16, "splits": 3},
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("stride", [1, 2])
 def test_filter_gradients_of_two_taps_and_more_filters(stride: int, tile: dict[str, Any], box: Any) -> None:
     if stride == 2 and box != (16, 1, 1):
         pytest.skip("a box of several rows or columns needs stride 1")
-    x, w, _ = operands(Case("", (3, 24, 6, 5), (112, 24, 3, 3)), torch.float32)
+    x, w, _ = operands(Case("", (3, 72, 6, 5), (112, 72, 3, 3)), torch.float32)
     dy = torch.randn(F.conv2d(x, w, None, stride, 1).shape)
     formulation = "pixel" if box == (16, 1, 1) else "box"
     with tiles.override(**({"formulation": formulation, "box": box, "block_k": 32, "block_c": 16} | tile)):

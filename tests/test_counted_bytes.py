@@ -94,7 +94,24 @@ def test_shared_depth_and_second_product(changes):
             agrees(conv.plan_fprop(problem, x, w, bias, y, gpu=GPU))
 
 
-@pytest.mark.parametrize("tile", [PIXEL, BOX, GATHER], ids=["pixel", "box", "gather"])
+@pytest.mark.parametrize("more", [0, 16], ids=["one product", "a second product"])
+@pytest.mark.parametrize("box", [(16, 1, 1), (1, 4, 4), (2, 4, 2)], ids=str)
+def test_half_a_box_more(box, more):
+    problem = square(1, C=40, K=56, N=3, W=7)
+    x, w, bias, y = tensors(problem)
+    form = PIXEL if box[1] == 1 else BOX
+    with tiles.override(**form | {"box": box, "block_k2": more, "half": True}):
+        agrees(conv.plan_fprop(problem, x, w, bias, y, gpu=GPU))
+        agrees(conv.plan_dgrad(problem, y, w, x, gpu=GPU))
+
+
+COLUMN = BOX | {"box": (4, 4, 1), "block_k2": 32, "shift": True}
+
+
+@pytest.mark.parametrize(
+    "tile", [PIXEL, BOX, GATHER, COLUMN, COLUMN | {"splits": 2, "tail": 3}],
+    ids=["pixel", "box", "gather", "the next column", "the next column, the last three shared"],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["3x3", "grouped", "5x5 wide padding"])
 def test_dgrad(name, tile):
     problem = PROBLEMS[name]
@@ -111,7 +128,11 @@ def test_wgrad_descriptors(problem):
             agrees(conv.plan_wgrad(problem, y, x, w, gpu=GPU))
 
 
-@pytest.mark.parametrize("changes", [{"splits": 2}, {"taps": 2}, {"taps": 2, "block_k2": 16, "splits": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"splits": 2}, {"taps": 2}, {"taps": 2, "block_k2": 16, "splits": 3}, {"block_c": 32, "half": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["5x5 wide padding", "grouped"])
 def test_wgrad_shared_pixels_and_taps(name, changes):
     x, w, _, y = tensors(PROBLEMS[name])

@@ -95,6 +95,7 @@ TILES = {
     "depth in three": {"block_k": 32, "splits": 3},
     "a second product, the last tiles shared": {"block_k": 32, "block_k2": 16, "splits": 2, "tail": 2},
     "the next column": {"box": (4, 4, 1), "block_k": 32, "block_k2": 32, "shift": True, "splits": 2},
+    "half a box more": {"block_k": 32, "block_k2": 16, "half": True},
 }
 
 
@@ -113,14 +114,16 @@ def test_every_kind_of_tile_goes_through_all_products(tile: dict[str, Any], prec
     assert reference.error(dx, want) <= (1e-4 if precision == "bf16x3" else 1e-5)
 
 
-@pytest.mark.parametrize("tile", [{"splits": 3}, {"taps": 2, "block_k2": 16}], ids=str)
+@pytest.mark.parametrize(
+    "tile", [{"splits": 3}, {"taps": 2, "block_k2": 16}, {"block_c": 32, "half": True, "block_k2": 16}], ids=str
+)
 @pytest.mark.parametrize("box", [(16, 1, 1), (2, 4, 2)], ids=["pixel", "box"])
 def test_filter_gradients_go_through_all_products(box: tuple[int, int, int], tile: dict[str, Any]) -> None:
-    x, dy = (torch.randn(3, c, 4, 3).contiguous(memory_format=CHANNELS_LAST) for c in (24, 56))
+    x, dy = (torch.randn(3, c, 4, 3).contiguous(memory_format=CHANNELS_LAST) for c in (40, 56))
     formulation = "pixel" if box == (16, 1, 1) else "box"
     with tiles.override(**({"formulation": formulation, "box": box, "block_k": 32, "block_c": 16} | tile)):
-        dw = torch.ops.tileconv.conv2d_wgrad(dy, x, (56, 24, 2, 3), (1, 1), (1, 0, 1, 1), (1, 1), 1, "bf16x6")
-    want = reference.conv2d_wgrad(x, dy, (56, 24, 2, 3), 1, ((1, 0), (1, 1)))
+        dw = torch.ops.tileconv.conv2d_wgrad(dy, x, (56, 40, 2, 3), (1, 1), (1, 0, 1, 1), (1, 1), 1, "bf16x6")
+    want = reference.conv2d_wgrad(x, dy, (56, 40, 2, 3), 1, ((1, 0), (1, 1)))
     assert reference.error(dw, want) <= 1e-6 * want.abs().max().item()
 
 

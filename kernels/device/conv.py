@@ -100,6 +100,25 @@ def _box_origin(
 
 
 @triton.jit
+def _pair_origin(
+    t, N, Q, K, WHOLE, GROUPS: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    HALF_N: tl.constexpr, HALF_W: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # A box from the first WHOLE columns and half a box from the others, of the same rows.
+    n_k = tl.cdiv(K, ROWS)
+    k0 = (t % n_k) * ROWS
+    t = t // n_k
+    g = t % GROUPS
+    t = t // GROUPS
+    n_q = tl.cdiv(WHOLE, BOX_W)
+    halves_q = tl.cdiv(Q - WHOLE, HALF_W)
+    in_row = tl.maximum(n_q * tl.cdiv(N, BOX_N), halves_q * tl.cdiv(N, HALF_N))
+    j = t % in_row
+    p = t // in_row * BOX_H
+    return k0, g, j // n_q * BOX_N, p, j % n_q * BOX_W, j // halves_q * HALF_N, WHOLE + j % halves_q * HALF_W
+
+
+@triton.jit
 def _store_pixels(
     y, out, i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
     BOX_H: tl.constexpr, BOX_W: tl.constexpr,
@@ -118,18 +137,23 @@ def _store_pixels(
 # GEMM_K: (r, s, c), taps that lie outside the image for the whole box are skipped.
 # With BOX_H = BOX_W = 1 ("pixel") a box never straddles the border, and stride only moves a coordinate.
 # With SHIFT a second product makes the next output column: what its tap s - 1 reads is what tap s of the first reads.
+# With HALF a program makes half a box more, elsewhere in the same rows, with the same filters: 192 pixels of 128 + 64.
 # Programs from FULL on share the depth of a tile between SPLITS of them; fprop_finish adds what they leave in `parts`.
 @triton.jit
 def fprop_box(
     x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_C]
+    x_half,  # the same with half a box, or None
     w,  # descriptor of the filters as a matrix: [rows, taps * PARTS * C], box [BLOCK_K, BLOCK_C]; turned if TRANSPOSED
     w2,  # the same with a box of BLOCK_K2 rows, or None
     y,  # descriptor of [N, P, Q, (GROUPS,) K], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_K]; a pointer if not STORE_BOX
     y2,  # the same with a box of BLOCK_K2 filters, or None
+    y_half,  # as y and y2 with half a box, or None
+    y2_half,
     bias,  # pointer to [GROUPS * K], or None
     parts,  # pointer to [tiles from FULL on, SPLITS, BLOCK_K + BLOCK_K2, pixels of a box], or None
     FULL,
     WIDTH,  # columns of w
+    WHOLE,  # columns of y that whole boxes make; 0 without HALF
     N,
     H,
     W,
@@ -169,10 +193,13 @@ def fprop_box(
     BLOCK_K2: tl.constexpr,  # filters of a second product on the same pixels: 128 + 64 wastes no column of 192 or 384
     BLOCK_C: tl.constexpr,
     SHIFT: tl.constexpr,  # 0, or 1 with BOX_W = 1, BLOCK_K2 = BLOCK_K, stride and dilation 1 along W
+    HALF: tl.constexpr,  # 0, or 1 with SPLITS = 1 and SHIFT = 0: of the images of a box, else of its columns
 ):
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
     NEXT_K: tl.constexpr = BLOCK_K2 if SHIFT else BLOCK_K + BLOCK_K2
     ROWS: tl.constexpr = BLOCK_K + BLOCK_K2
+    HALF_N: tl.constexpr = BOX_N // 2 if BOX_N > 1 else 1
+    HALF_W: tl.constexpr = BOX_W if BOX_N > 1 else BOX_W // 2
     tl.static_assert(SHIFT == 0 or (BOX_W == 1 and DIL_W == 1 and BLOCK_K2 == BLOCK_K))
     t = tl.program_id(0)
     part = 0
@@ -182,7 +209,12 @@ def fprop_box(
             part = (t - FULL) % SPLITS
             shares = SPLITS
             t = FULL + (t - FULL) // SPLITS
-    k0, g, n, p, q = _box_origin(t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W + SHIFT, NEXT_K)
+    if HALF:
+        k0, g, n, p, q, n_half, q_half = _pair_origin(
+            t, N, Q, K, WHOLE, GROUPS, BOX_N, BOX_H, BOX_W, HALF_N, HALF_W, ROWS
+        )
+    else:
+        k0, g, n, p, q = _box_origin(t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W + SHIFT, NEXT_K)
     h0 = p * stride_h - pad_h
     w0 = q * stride_w - pad_w
     # cdiv rounds towards zero for negatives; the outer maximum makes that harmless.
@@ -190,6 +222,10 @@ def fprop_box(
     r_hi = tl.minimum(R, tl.maximum(0, tl.cdiv(H - h0, DIL_H)))
     s_lo = tl.maximum(0, tl.cdiv(1 - BOX_W - w0, DIL_W))
     s_hi = tl.minimum(S + SHIFT, tl.maximum(0, tl.cdiv(W - w0, DIL_W)))
+    if HALF:
+        w_half = q_half * stride_w - pad_w
+        s_lo = tl.minimum(s_lo, tl.maximum(0, tl.cdiv(1 - HALF_W - w_half, DIL_W)))
+        s_hi = tl.maximum(s_hi, tl.minimum(S, tl.maximum(0, tl.cdiv(W - w_half, DIL_W))))
     n_c = tl.cdiv(C, BLOCK_C)
     steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * n_c
     c_first, s_first, r_first = 0, s_lo, r_lo
@@ -204,6 +240,10 @@ def fprop_box(
     acc = tl.zeros((BLOCK_K, PIXELS), ACC)
     if BLOCK_K2:
         acc2 = tl.zeros((BLOCK_K2, PIXELS), ACC)
+    if HALF:
+        acc_half = tl.zeros((BLOCK_K, PIXELS // 2), ACC)
+        if BLOCK_K2:
+            acc2_half = tl.zeros((BLOCK_K2, PIXELS // 2), ACC)
     width = (K if TRANSPOSED else C) * PARTS  # of a tap
     for small in tl.static_range(PARTS > 1, -1, -1):
         c, s, r = c_first, s_first, r_first
@@ -214,6 +254,11 @@ def fprop_box(
             box = _pixel_load(
                 x, n, h0 + r * DIL_H, w0 + s * DIL_W, plane, c, C, 0, 0, GROUPS * PARTS, False, PIXELS, BLOCK_C
             )
+            if HALF:
+                box_half = _pixel_load(
+                    x_half, n_half, h0 + r * DIL_H, w_half + s * DIL_W, plane, c, C, 0, 0, GROUPS * PARTS, False,
+                    PIXELS // 2, BLOCK_C,
+                )  # fmt: skip
             tap = TAP_0 + r * TAP_R + s * TAP_S
             beside = (w_parts & 3) * (K if TRANSPOSED else C) if small else 0
             column = tap * width + beside
@@ -221,6 +266,8 @@ def fprop_box(
                 column = tl.where(s < S, column, WIDTH)
             filters = _filter_load(w, g, c, k0, 0, C, K, column, TRANSPOSED)
             acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
+            if HALF:
+                acc_half = tl.dot(filters, box_half.T, acc_half, input_precision=PRECISION, out_dtype=ACC)
             if BLOCK_K2:
                 below = BLOCK_K
                 if SHIFT:
@@ -228,6 +275,8 @@ def fprop_box(
                     column = tl.where(s > 0, (tap - TAP_S) * width + beside, WIDTH)
                 filters = _filter_load(w2, g, c, k0, below, C, K, column, TRANSPOSED)
                 acc2 = tl.dot(filters, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+                if HALF:
+                    acc2_half = tl.dot(filters, box_half.T, acc2_half, input_precision=PRECISION, out_dtype=ACC)
             c, s, r = _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
             if small:
                 step, wrap, x_parts, w_parts = _next_product(step, steps, x_parts, w_parts)
@@ -238,6 +287,10 @@ def fprop_box(
             acc = _without_infinities(acc)
             if BLOCK_K2:
                 acc2 = _without_infinities(acc2)
+            if HALF:
+                acc_half = _without_infinities(acc_half)
+                if BLOCK_K2:
+                    acc2_half = _without_infinities(acc2_half)
     if SPLITS > 1:
         if shares > 1:
             i = tl.arange(0, PIXELS)
@@ -252,6 +305,12 @@ def fprop_box(
         y, acc.to(OUT), k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
         GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K,
     )  # fmt: skip
+    if HALF:
+        acc_half = _bias_and_activation(acc_half, bias, g, k, K, HAS_BIAS, ACTIVATION)
+        _store_box(
+            y_half, acc_half.to(OUT), k0, g, n_half, p, q_half, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
+            GROUPS, STORE_BOX, HALF_N, BOX_H, HALF_W, BLOCK_K,
+        )  # fmt: skip
     if BLOCK_K2:
         k1 = k0 if SHIFT else k0 + BLOCK_K
         k = k1 + tl.arange(0, BLOCK_K2)
@@ -260,6 +319,12 @@ def fprop_box(
             y2, acc2.to(OUT), k1, g, n, p, q + SHIFT, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
             GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
         )  # fmt: skip
+        if HALF:
+            acc2_half = _bias_and_activation(acc2_half, bias, g, k, K, HAS_BIAS, ACTIVATION)
+            _store_box(
+                y2_half, acc2_half.to(OUT), k1, g, n_half, p, q_half, N, P, Q, K,
+                stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX, HALF_N, BOX_H, HALF_W, BLOCK_K2,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -460,10 +525,11 @@ def fprop_gather(
 
 # GEMM_M: filters of one group.  GEMM_N: channels of one group, for one tap (r, s) or two.  GEMM_K: output pixels, of
 # which every split takes an equal run and writes its own slice of dw; pixels whose taps lie in padding are skipped.
-# BLOCK_K2 more filters, and a second tap, share what is loaded: up to four products a step.
+# BLOCK_K2 more filters, and a second tap or half as many channels more, share what is loaded: at most four products.
 @triton.jit
 def wgrad_box(
     x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C]; with PIXEL of [N, all of an image], box [BOX_N, BLOCK_C]
+    x_half,  # the same with half the channels, or None
     dy,  # descriptor of [N, P, Q, (PARTS * GROUPS,) K]; with PIXEL of [N, all of an image], box [BOX_N, BLOCK_K]
     dy2,  # the same with a box of BLOCK_K2 filters, or None
     dw,  # pointer to [SPLITS, GROUPS * K, R * S, C]
@@ -500,17 +566,19 @@ def wgrad_box(
     BLOCK_K: tl.constexpr,
     BLOCK_K2: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    HALF: tl.constexpr,  # 0, or 1 with TAPS = 1
 ):
     ROWS: tl.constexpr = BLOCK_K + BLOCK_K2
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
     PLANES: tl.constexpr = GROUPS * PARTS
+    COLUMNS: tl.constexpr = BLOCK_C + BLOCK_C // 2 * HALF
     t = tl.program_id(0)
-    n_c = tl.cdiv(C, BLOCK_C)
+    n_c = tl.cdiv(C, COLUMNS)
     n_k = tl.cdiv(K, ROWS)
     n_t = tl.cdiv(R * S, TAPS)
     k0 = (t % n_k) * ROWS
     t = t // n_k
-    c0 = (t % n_c) * BLOCK_C
+    c0 = (t % n_c) * COLUMNS
     t = t // n_c
     tap = (t % n_t) * TAPS
     t = t // n_t
@@ -547,6 +615,10 @@ def wgrad_box(
         acc2 = tl.zeros((BLOCK_K, BLOCK_C), ACC)
         if BLOCK_K2:
             low2 = tl.zeros((BLOCK_K2, BLOCK_C), ACC)
+    if HALF:
+        acc_half = tl.zeros((BLOCK_K, BLOCK_C // 2), ACC)
+        if BLOCK_K2:
+            low_half = tl.zeros((BLOCK_K2, BLOCK_C // 2), ACC)
     for small in tl.static_range(PARTS > 1, -1, -1):
         n, q, p = n_first, q_first, p_first
         products, x_parts, y_parts = _small_products(PARTS if small else 1)
@@ -569,6 +641,13 @@ def wgrad_box(
             acc = tl.dot(grad.T, box, acc, input_precision=PRECISION, out_dtype=ACC)
             if BLOCK_K2:
                 low = tl.dot(grad2.T, box, low, input_precision=PRECISION, out_dtype=ACC)
+            if HALF:
+                box = _pixel_load(
+                    x_half, m, h, w, plane, c0 + BLOCK_C, C, pitch_xh, pitch_xw, PLANES, PIXEL, PIXELS, BLOCK_C // 2
+                )
+                acc_half = tl.dot(grad.T, box, acc_half, input_precision=PRECISION, out_dtype=ACC)
+                if BLOCK_K2:
+                    low_half = tl.dot(grad2.T, box, low_half, input_precision=PRECISION, out_dtype=ACC)
             if TAPS == 2:
                 h = i * stride_h + h_tap2
                 w = j * stride_w + w_tap2
@@ -595,6 +674,10 @@ def wgrad_box(
             acc = _without_infinities(acc)
             if BLOCK_K2:
                 low = _without_infinities(low)
+            if HALF:
+                acc_half = _without_infinities(acc_half)
+                if BLOCK_K2:
+                    low_half = _without_infinities(low_half)
             if TAPS == 2:
                 acc2 = _without_infinities(acc2)
                 if BLOCK_K2:
@@ -608,6 +691,11 @@ def wgrad_box(
         _store_filters(first, acc2, k0, K, c, C, tap + 1, R * S, BLOCK_K)
         if BLOCK_K2:
             _store_filters(first, low2, k0 + BLOCK_K, K, c, C, tap + 1, R * S, BLOCK_K2)
+    if HALF:
+        c = c0 + BLOCK_C + tl.arange(0, BLOCK_C // 2)
+        _store_filters(first, acc_half, k0, K, c, C, tap, R * S, BLOCK_K)
+        if BLOCK_K2:
+            _store_filters(first, low_half, k0 + BLOCK_K, K, c, C, tap, R * S, BLOCK_K2)
 
 
 @triton.jit

@@ -187,16 +187,17 @@ def plan_wgrad(
                 splits.append(turn)
         arguments |= {
             "x": describe(matrices["x"], planes, tile.box, tile.block_c),
+            "x_half": describe(matrices["x"], planes, tile.box, tile.block_c // 2) if tile.half else None,
             "dy": describe(matrices["dy"], planes, tile.box, tile.block_k),
             "dy2": describe(matrices["dy"], planes, tile.box, tile.block_k2) if tile.block_k2 else None,
-            "TAPS": tile.taps, "BLOCK_K2": tile.block_k2,
+            "TAPS": tile.taps, "BLOCK_K2": tile.block_k2, "HALF": int(tile.half),
             "pitch_xh": x.stride(2), "pitch_xw": x.stride(3), "pitch_yp": dy.stride(2), "pitch_yq": dy.stride(3),
             "stride_h": problem.stride[0], "stride_w": problem.stride[1],
             "PIXEL": 2 if turned else int(tile.formulation == "pixel"), "BOX_N": tile.box[0],
             "BOX_H": tile.box[1], "BOX_W": tile.box[2],
         }  # fmt: skip
     taps = 1 if tile.formulation == "gather" else triton.cdiv(problem.taps, tile.taps)
-    blocks = triton.cdiv(columns, tile.block_c) * triton.cdiv(problem.group_filters, tile.rows)
+    blocks = triton.cdiv(columns, tile.channels) * triton.cdiv(problem.group_filters, tile.rows)
     programs = blocks * taps * problem.groups * tile.splits
     launches = [*splits, Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]
@@ -277,10 +278,10 @@ def _plan_box(
     planes = problem.groups * common["PARTS"]
     store_box = describable(y, problem.groups)
 
-    def output_box(rows: int) -> TensorDescriptor | torch.Tensor | None:
-        if not rows:
+    def output_box(rows: int, box: tuple[int, int, int] | None = tile.box) -> TensorDescriptor | torch.Tensor | None:
+        if not rows or box is None:
             return None
-        return image_descriptor(y, problem.groups, tile.box, rows) if store_box else y
+        return image_descriptor(y, problem.groups, box, rows) if store_box else y
 
     programs = tile.boxes(problem) * problem.groups * triton.cdiv(problem.group_filters, tile.filters)
     shared = min(tile.tail or programs, programs) if tile.splits > 1 else 0
@@ -290,8 +291,12 @@ def _plan_box(
         parts = scratch(torch.empty(shape, dtype=layout.sum_dtype(y.dtype), device=y.device))
     where = {"FULL": programs - shared, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
              "BOX_W": tile.box[2], "SHIFT": int(tile.shift)}  # fmt: skip
+    image, half = for_descriptor(x, planes), tile.half_box
     arguments = common | where | {
-        "x": image_descriptor(for_descriptor(x, planes), planes, tile.box, tile.block_c),
+        "x": image_descriptor(image, planes, tile.box, tile.block_c),
+        "x_half": image_descriptor(image, planes, half, tile.block_c) if half else None,
+        "y_half": output_box(tile.block_k, half), "y2_half": output_box(tile.block_k2, half),
+        "WHOLE": tile.whole_columns(problem) if half else 0, "HALF": int(tile.half),
         "w": filter_box(tile.block_k), "w2": filter_box(tile.block_k2),
         "y": output_box(tile.block_k), "y2": output_box(tile.block_k2), "parts": parts,
         "stride_h": problem.stride[0], "stride_w": problem.stride[1],
