@@ -96,6 +96,12 @@ def _products(parts: int) -> list[tuple[int, int]]:
     return [(i, j) for i, j in itertools.product(range(parts), repeat=2) if i + j < parts]
 
 
+def _drawn(a: Arguments, blocks: int, found: Traffic) -> Traffic:
+    """`found`, and the seed of dropout if there is one: every finished block reads it."""
+    seed = 0 if a["seed"] is None else _itemsize(a["seed"])
+    return Traffic(found.read + blocks * seed, found.written, found.least + seed)
+
+
 def _fprop_box(a: Arguments) -> Traffic:
     size, groups, K, C = _itemsize(a["x"]), a["GROUPS"], a["K"], a["C"]
     rows, columns = _axes(a)
@@ -112,7 +118,8 @@ def _fprop_box(a: Arguments) -> Traffic:
     written = whole * _itemsize(a["y"]) + partial * 4
     weights = groups * K * C * a["R"] * a["S"] * size * a["PARTS"]
     least = _image_bytes(a) + weights + written + (groups * K * _itemsize(a["bias"]) if bias_bytes else 0)
-    return Traffic(pixels + filters * size + bias_bytes, written, least)
+    finished = a["FULL"] * (2 if a["BLOCK_K2"] else 1)
+    return _drawn(a, finished, Traffic(pixels + filters * size + bias_bytes, written, least))
 
 
 def _fprop_pool(a: Arguments) -> Traffic:
@@ -198,7 +205,8 @@ def _fprop_finish(a: Arguments) -> Traffic:
     bias = _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
     read = parts + sum(k for _, k, _ in shared) * pixels // a["BLOCK_P"] * bias
     touched = sum({first: k for first, k, _ in shared}.values())
-    return Traffic(read, written, parts + written + touched * bias)
+    blocks = len(shared) * (a["ROWS"] // a["BLOCK_K"]) * (pixels // a["BLOCK_P"])
+    return _drawn(a, blocks, Traffic(read, written, parts + written + touched * bias))
 
 
 def _fprop_gather(a: Arguments) -> Traffic:
@@ -206,11 +214,13 @@ def _fprop_gather(a: Arguments) -> Traffic:
     rows, columns = _axes(a, boxed=False)
     reached = _pairs(*_extents(rows)) * _pairs(*_extents(columns))
     blocks = _cdiv(a["N"] * a["P"] * a["Q"], a["PIXELS"])
-    pixels = a["N"] * reached * C * groups * _cdiv(K, a["BLOCK_K"]) * size
+    filter_tiles = _cdiv(K, a["BLOCK_K"])
+    pixels = a["N"] * reached * C * groups * filter_tiles * size
     weights = groups * K * C * a["R"] * a["S"] * size
     bias = groups * K * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
     written = a["N"] * a["P"] * a["Q"] * K * groups * _itemsize(a["y"])
-    return Traffic(pixels + blocks * (weights + bias), written, _image_bytes(a) + weights + bias + written)
+    found = Traffic(pixels + blocks * (weights + bias), written, _image_bytes(a) + weights + bias + written)
+    return _drawn(a, blocks * groups * filter_tiles, found)
 
 
 def _extents(axis: _Axis) -> tuple[int, int, int, int, int, int]:

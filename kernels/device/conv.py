@@ -80,6 +80,20 @@ def _bias_and_activation(acc, bias, g, k, K, HAS_BIAS: tl.constexpr, ACTIVATION:
 
 
 @triton.jit
+def _finished(
+    acc, bias, seed, g, k, n, K, dropout, scale, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    # With dropout of a linear layer's acc[k, n], which is y[n, k]: elements count as device.pointwise.dropout counts
+    # those of a row-major y, so that both draw one mask.  An int32 that overflows is outside y.
+    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    if DROPOUT is not None:
+        element = n.to(DROPOUT)[None, :] * K + k[:, None]
+        acc = tl.where(tl.rand(tl.load(seed), element) >= dropout, acc * scale, tl.zeros_like(acc))
+    return acc
+
+
+@triton.jit
 def _box_origin(
     t, N, P, Q, K, GROUPS: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     ROWS: tl.constexpr,
@@ -127,6 +141,7 @@ def fprop_box(
     y,  # descriptor of [N, P, Q, (GROUPS,) K], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_K]; a pointer if not STORE_BOX
     y2,  # the same with a box of BLOCK_K2 filters, or None
     bias,  # pointer to [GROUPS * K], or None
+    seed,  # of dropout: pointer to one int64, or None
     parts,  # pointer to [tiles from FULL on, SPLITS, BLOCK_K + BLOCK_K2, pixels of a box], or None
     FULL,
     WIDTH,  # columns of w
@@ -145,6 +160,8 @@ def fprop_box(
     pad_w,
     stride_h,
     stride_w,
+    dropout,  # the share of outputs that become zero, and what the others are multiplied by; None without seed
+    scale,
     R: tl.constexpr,
     S: tl.constexpr,
     DIL_H: tl.constexpr,
@@ -156,6 +173,7 @@ def fprop_box(
     TRANSPOSED: tl.constexpr,  # w holds [depth, taps * PARTS * rows], as dgrad finds the filters of fprop
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,  # the type that counts y's elements, or None; P = Q = GROUPS = 1
     STORE_BOX: tl.constexpr,
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -247,7 +265,8 @@ def fprop_box(
                 tl.store(slot + ((BLOCK_K + tl.arange(0, BLOCK_K2)) * PIXELS)[:, None] + i[None, :], acc2)
             return
     k = k0 + tl.arange(0, BLOCK_K)
-    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    image = n + tl.arange(0, PIXELS) // (BOX_H * BOX_W)
+    acc = _finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
     _store_box(
         y, acc.to(OUT), k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
         GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K,
@@ -255,7 +274,7 @@ def fprop_box(
     if BLOCK_K2:
         k1 = k0 if SHIFT else k0 + BLOCK_K
         k = k1 + tl.arange(0, BLOCK_K2)
-        acc2 = _bias_and_activation(acc2, bias, g, k, K, HAS_BIAS, ACTIVATION)
+        acc2 = _finished(acc2, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
         _store_box(
             y2, acc2.to(OUT), k1, g, n, p, q + SHIFT, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
             GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
@@ -288,12 +307,14 @@ def _store_box(
         y.store([n, p, q, g, k0], out.T.reshape(BOX_N, BOX_H, BOX_W, 1, ROWS))
 
 
-# y[k, pixel] = activation(bias + parts[0] + parts[1] + ...), always in this order, for the tiles that were shared.
+# y[k, pixel] = activation(bias + parts[0] + parts[1] + ...), always in this order, for the tiles that were shared; with
+# dropout as in fprop_box.
 @triton.jit
 def fprop_finish(
     parts,  # pointer to [tiles from FULL on, SPLITS, ROWS, pixels of a box]
     y,  # pointer
     bias,
+    seed,
     FULL,
     N,
     P,
@@ -303,10 +324,13 @@ def fprop_finish(
     stride_yp,
     stride_yq,
     stride_yk,
+    dropout,
+    scale,
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
     OUT: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -333,7 +357,8 @@ def fprop_finish(
         second = block % (ROWS // BLOCK_K) * BLOCK_K // NEXT_K
         k -= second * NEXT_K
         q += second
-    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    image = n + i // (BOX_H * BOX_W)
+    acc = _finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
     _store_pixels(
         y, acc.to(OUT), i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W
     )  # fmt: skip
@@ -347,6 +372,7 @@ def fprop_gather(
     w,  # pointer, any strides
     y,  # pointer, any strides
     bias,  # pointer to [GROUPS * K], or None
+    seed,  # of dropout, as in fprop_box
     N,
     H,
     W,
@@ -368,6 +394,8 @@ def fprop_gather(
     stride_yk,
     pad_h,
     pad_w,
+    dropout,
+    scale,
     C: tl.constexpr,  # channels of one group; constant, so that offsets fold and wide loads are proven aligned
     R: tl.constexpr,
     S: tl.constexpr,
@@ -381,6 +409,7 @@ def fprop_gather(
     TAP_S: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
     FLAT: tl.constexpr,  # depth is (r, s, c) flattened: few channels would leave a block of c mostly empty
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,  # of x, GROUPS * C channels apart, and of w
@@ -452,7 +481,7 @@ def fprop_gather(
             else:
                 acc += _dot_parts(w_at, inside_w, stride_wp, x_at, inside_x, x_part, PARTS, ACC)
             c, s, r = _next_tap(c, s, r, 0, S, C, BLOCK_C)
-    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    acc = _finished(acc, bias, seed, g, k, n, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
     pixel_y = n * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
     rows = (g * K + k).to(tl.int64) * stride_yk
     tl.store(y + rows[:, None] + pixel_y[None, :], acc.to(OUT), mask=inside_k[:, None] & inside_y[None, :])
