@@ -604,9 +604,26 @@ def _patch_lang(original: Any) -> Any:
         patches = original(fn)
         # 3.6 asks int() for a one-element array, which numpy refuses from 2.4 on.
         patches.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
+        patches.set_attr(tl, "map_elementwise", _map_elementwise)
         return patches
 
     return patch_lang
+
+
+def _map_elementwise(function: Any, *blocks: Any, pack: int = 1) -> Any:
+    """tl.map_elementwise, which stock has not: `function` on whole blocks.  NotImplementedError where it cannot."""
+    if pack != 1:
+        raise NotImplementedError(f"map_elementwise with pack={pack}: the interpreter has only 1")
+    truth = tl.tensor.__bool__
+    tl.tensor.__bool__ = _truth_of_one
+    try:
+        return function(*blocks)
+    except _NotElementwise:
+        raise NotImplementedError(
+            "map_elementwise: the interpreter has no functions that branch on an element"
+        ) from None
+    finally:
+        tl.tensor.__bool__ = truth
 
 
 def _init_args_hst(original: Any) -> Any:

@@ -375,8 +375,13 @@ def test_local_response_norm_of_contiguous_images():
 
 
 def test_dropout():
-    x = torch.randn(3000).half()
-    agrees([pointwise.plan_dropout(x, torch.empty_like(x), torch.zeros(1, dtype=torch.int64), 0.5, gpu=GPU)])
+    x, seed = torch.randn(3000).half(), torch.zeros(1, dtype=torch.int64)
+    agrees([pointwise.plan_dropout(x, torch.empty_like(x), seed, 0.5, gpu=GPU)])
+    problem = square(0, R=1, S=1, H=1, W=1, N=20)
+    x, w, bias, y = tensors(problem)
+    for tile in (PIXEL, PIXEL | {"block_k2": 16, "splits": 2, "tail": 2}, GATHER):
+        with tiles.override(**tile):
+            agrees(conv.plan_fprop(problem, x, w, bias, y, seed, gpu=GPU, dropout=0.5))
 
 
 def test_local_response_norm_both_ways():

@@ -88,9 +88,15 @@ def _finished(
     # those of a row-major y, so that both draw one mask.  An int32 that overflows is outside y.
     acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
     if DROPOUT is not None:
-        element = n.to(DROPOUT)[None, :] * K + k[:, None]
-        acc = tl.where(tl.rand(tl.load(seed), element) >= dropout, acc * scale, tl.zeros_like(acc))
+        # One element after the other.  A block at a time, all four words of every element's state are alive at once:
+        # 2,832 bytes of stack for 64 x 256 outputs on 4 warps of sm_90, where this way takes none.
+        acc = tl.map_elementwise(_dropped, acc, n.to(DROPOUT)[None, :] * K, k[:, None], tl.load(seed), dropout, scale)
     return acc
+
+
+@triton.jit
+def _dropped(value, row, k, seed, dropout, scale):
+    return tl.where(tl.rand(seed, row + k) >= dropout, value * scale, 0.0)
 
 
 @triton.jit

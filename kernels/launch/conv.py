@@ -310,6 +310,8 @@ def _plan_box(
         "TRANSPOSED": transposed, "STORE_BOX": store_box, "BLOCK_K2": tile.block_k2,
         "WIDTH": matrix.shape[1],
     }  # fmt: skip
+    if shared == programs:  # fprop_finish drops for all of them
+        arguments |= NO_DROPOUT
     grid = programs + shared * (tile.splits - 1)
     first = Launch(device.fprop_box, (grid,), arguments, tile.num_warps, tile.num_stages, str(tile))
     return [first] if parts is None else [first, _plan_finish(tile, parts, y, common | where, gpu)]
