@@ -69,6 +69,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Any = None) -> Found:
     return "linear", input.reshape(-1, input.shape[-1]), {"features": weight.shape[0], "bias": bias is not None}
 
 
+def _own_linear(
+    input: Tensor, weight: Tensor, bias: Any, seed: Tensor, dropout: float, activation: str | None, *_: Any
+) -> Found:
+    op, rows, settings = _linear(input.flatten(1), weight, bias)
+    return op, rows, settings | {"activation": activation, "dropout": dropout}
+
+
 def _max_pool(
     input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
     *_: Any, **__: Any,
@@ -182,6 +189,7 @@ OWN_CALLS: dict[str, Callable[..., Found | None]] = {
     "conv2d_fprop": _own_conv, "max_pool2d": _max_pool, "avg_pool2d": _avg_pool, "lp_pool2d": _lp_pool,
     "adaptive_avg_pool2d": _adaptive("adaptive_avg_pool2d"), "adaptive_max_pool2d": _adaptive("adaptive_max_pool2d"),
     "local_response_norm": _own_norm, "relu": _relu, "dropout": _own_dropout,
+    "linear_dropout": _own_linear,
 }  # fmt: skip
 """tileconv's own operators, whose arguments are resolved already."""
 

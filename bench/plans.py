@@ -41,24 +41,29 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return layout.flat(tensor)
 
 
+def _seed(s: Setting) -> torch.Tensor:
+    return s.empty(1, dtype=torch.int64)
+
+
 def _dropout(x: torch.Tensor, p: float, s: Setting) -> Any:
     from tileconv.kernels.launch import pointwise
 
-    seed = s.empty(1, dtype=torch.int64)
-    return pointwise.plan_dropout(_flat(x), _flat(x), seed, p, gpu=s.gpu)
+    return pointwise.plan_dropout(_flat(x), _flat(x), _seed(s), p, gpu=s.gpu)
 
 
 def _epilogue_backward(shape: Shape, y: torch.Tensor, s: Setting) -> list[Any]:
     """What precedes dgrad and wgrad: the gradients of dropout, of ReLU and of the bias."""
     from tileconv.kernels.launch import pointwise
 
-    launches = [_dropout(y, shape.dropout, s)] if shape.dropout else []
+    launches, dropout = [], shape.dropout
+    if dropout and not shape.activation:  # a ReLU's gradient is also that of the dropout behind it
+        launches, dropout = [_dropout(y, dropout, s)], 0.0
     output, masked = (y, torch.empty_like(y)) if shape.activation else (None, None)
     if has_bias(shape):
-        launches += pointwise.plan_bias_backward(y, output, masked, s.empty(y.shape[1]), gpu=s.gpu)
+        launches += pointwise.plan_bias_backward(y, output, masked, s.empty(y.shape[1]), dropout, gpu=s.gpu)
     elif masked is not None:
         row = _flat(y)[None, :]
-        launches.append(pointwise.plan_relu_backward(row, row, row, gpu=s.gpu))
+        launches.append(pointwise.plan_relu_backward(row, row, row, dropout, gpu=s.gpu))
     return launches
 
 
@@ -72,9 +77,11 @@ def _conv(shape: Shape, pass_: str, s: Setting) -> list[Any]:
     planned: list[Any]
     if pass_ == "fprop":
         bias = s.empty(problem.K) if has_bias(shape) else None
-        planned = conv.plan_fprop(problem, x, w, bias, y, gpu=s.gpu, activation=shape.activation, precision=s.precision)
-        return [*planned, _dropout(y, shape.dropout, s)] if shape.dropout else planned
-    if pass_ == "dgrad":
+        planned = conv.plan_fprop(
+            problem, x, w, bias, y, _seed(s) if shape.dropout else None, gpu=s.gpu, activation=shape.activation,
+            precision=s.precision, dropout=shape.dropout,
+        )  # fmt: skip
+    elif pass_ == "dgrad":
         planned = conv.plan_dgrad(problem, y, w, x, gpu=s.gpu, precision=s.precision)
     elif pass_ == "wgrad":
         planned = conv.plan_wgrad(problem, y, x, w, gpu=s.gpu, precision=s.precision)

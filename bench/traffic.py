@@ -96,10 +96,17 @@ def _products(parts: int) -> list[tuple[int, int]]:
     return [(i, j) for i, j in itertools.product(range(parts), repeat=2) if i + j < parts]
 
 
+def _drawn(a: Arguments, blocks: int, found: Traffic) -> Traffic:
+    """`found`, and the seed of dropout if there is one: every finished block reads it."""
+    seed = 0 if a["seed"] is None else _itemsize(a["seed"])
+    return Traffic(found.read + blocks * seed, found.written, found.least + seed)
+
+
 def _fprop_box(a: Arguments) -> Traffic:
     size, groups, K, C = _itemsize(a["x"]), a["GROUPS"], a["K"], a["C"]
     rows, columns = _axes(a)
-    h, h_ranges = rows.rows()
+    below = a["BOX_H"] // 2 if a["HALF"] and a["SHIFT"] else 0  # where the half box lies, its rows join the box
+    h, h_ranges = replace(rows, box=rows.box + below).rows()
     w, w_ranges = _beside_each_other(a, columns)
     filter_tiles = _cdiv(K, _filters(a))
     pixels = h * w * C * groups * filter_tiles * size * len(_products(a["PARTS"]))
@@ -112,12 +119,13 @@ def _fprop_box(a: Arguments) -> Traffic:
     written = whole * _itemsize(a["y"]) + partial * 4
     weights = groups * K * C * a["R"] * a["S"] * size * a["PARTS"]
     least = _image_bytes(a) + weights + written + (groups * K * _itemsize(a["bias"]) if bias_bytes else 0)
-    return Traffic(pixels + filters * size + bias_bytes, written, least)
+    finished = a["FULL"] * (2 if a["BLOCK_K2"] else 1)
+    return _drawn(a, finished, Traffic(pixels + filters * size + bias_bytes, written, least))
 
 
 def _beside_each_other(a: Arguments, axis: _Axis) -> tuple[int, Counter[tuple[int, int]]]:
     """Of all programs for one row of boxes: pixels that they load along it, and how many have each range of taps."""
-    if not a["HALF"]:
+    if not a["HALF"] or a["SHIFT"]:
         shift = a["SHIFT"]
         loaded, ranges = replace(axis, taps=axis.taps + shift).rows(list(range(0, axis.outputs, axis.box + shift)))
         images = _cdiv(a["N"], a["BOX_N"])
@@ -209,7 +217,7 @@ def _filter_elements(a: Arguments, r: int, s: int) -> int:
 def _outputs(a: Arguments, filter_tiles: int, boxes: int) -> tuple[int, int, int]:
     """Elements of y and of partial sums that a box launch writes, and elements of bias that it reads."""
     whole = a["N"] * a["P"] * a["Q"] * a["K"] * a["GROUPS"]
-    times = 1 + a["SHIFT"] + a["HALF"]  # a program finishes so many boxes
+    times = (1 + a["SHIFT"]) * (1 + a["HALF"])  # a program finishes so many boxes
     bias = boxes * a["GROUPS"] * a["K"] * times
     if a["SPLITS"] == 1:
         return whole, 0, bias
@@ -238,7 +246,8 @@ def _fprop_finish(a: Arguments) -> Traffic:
     bias = _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
     read = parts + sum(k for _, k, _ in shared) * (1 + a["SHIFT"]) * pixels // a["BLOCK_P"] * bias
     touched = sum({first: k for first, k, _ in shared}.values())
-    return Traffic(read, written, parts + written + touched * bias)
+    blocks = len(shared) * (a["ROWS"] // a["BLOCK_K"]) * (pixels // a["BLOCK_P"])
+    return _drawn(a, blocks, Traffic(read, written, parts + written + touched * bias))
 
 
 def _fprop_gather(a: Arguments) -> Traffic:
@@ -246,11 +255,13 @@ def _fprop_gather(a: Arguments) -> Traffic:
     rows, columns = _axes(a, boxed=False)
     reached = _pairs(*_extents(rows)) * _pairs(*_extents(columns))
     blocks = _cdiv(a["N"] * a["P"] * a["Q"], a["PIXELS"])
-    pixels = a["N"] * reached * C * groups * _cdiv(K, a["BLOCK_K"]) * size
+    filter_tiles = _cdiv(K, a["BLOCK_K"])
+    pixels = a["N"] * reached * C * groups * filter_tiles * size
     weights = groups * K * C * a["R"] * a["S"] * size
     bias = groups * K * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
     written = a["N"] * a["P"] * a["Q"] * K * groups * _itemsize(a["y"])
-    return Traffic(pixels + blocks * (weights + bias), written, _image_bytes(a) + weights + bias + written)
+    found = Traffic(pixels + blocks * (weights + bias), written, _image_bytes(a) + weights + bias + written)
+    return _drawn(a, blocks * groups * filter_tiles, found)
 
 
 def _extents(axis: _Axis) -> tuple[int, int, int, int, int, int]:

@@ -251,18 +251,19 @@ def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
         n, h, w = tile.box
         images = -(-problem.N // n)
         rows, row_pairs = _reached(
-            problem.P, problem.R, problem.stride[0], problem.padding[0][0], problem.dilation[0], problem.H, h
-        )
+            problem.P, problem.R, problem.stride[0], problem.padding[0][0], problem.dilation[0], problem.H,
+            h + h // 2 * (tile.half and tile.shift),
+        )  # fmt: skip
         cols, col_pairs = _reached(
             problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w,
             int(tile.shift),
         )  # fmt: skip
         boxes = images * rows * cols
         steps = row_pairs * col_pairs / (rows * cols) * -(-C // tile.block_c)
-        if tile.half:  # a box and the half box beside it lie apart: together they hardly ever miss a tap of a row
+        if tile.half and not tile.shift:  # a box and its half box lie apart: together they miss no tap of a row
             boxes = tile.boxes(problem)
             steps = row_pairs / rows * problem.S * -(-C // tile.block_c)
-            pixels += pixels // 2
+        pixels += pixels // 2 * tile.half
         columns = problem.N * problem.P * problem.Q / (boxes * pixels * (1 + tile.shift))
         inside = C / (-(-C // tile.block_c) * tile.block_c)
     tiles = boxes * row_tiles * problem.groups

@@ -285,7 +285,7 @@ def _create_dot(original: Any) -> Any:
 
 
 class _NotElementwise(Exception):
-    """A combine function asked a whole block for its truth."""
+    """A function of single elements asked a whole block for its truth."""
 
 
 def _repair_reductions() -> None:
@@ -387,7 +387,7 @@ def _pairwise_reduce(original: Any) -> Any:
 
 def _truth_of_one(tensor: Any) -> bool:
     if tensor.handle.data.size != 1:
-        raise _NotElementwise
+        raise _NotElementwise("the interpreter calls this function with whole blocks: it cannot branch on an element")
     return bool(tensor.handle.data.item())
 
 
@@ -628,9 +628,22 @@ def _patch_lang(original: Any) -> Any:
         patches = original(fn)
         # 3.6 asks int() for a one-element array, which numpy refuses from 2.4 on.
         patches.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
+        patches.set_attr(tl, "map_elementwise", _map_elementwise)
         return patches
 
     return patch_lang
+
+
+def _map_elementwise(function: Any, *blocks: Any, pack: int = 1) -> Any:
+    """tl.map_elementwise, which stock has not: `function` on whole blocks, so it must not branch on an element."""
+    if pack != 1:
+        raise NotImplementedError(f"map_elementwise with pack={pack}: the interpreter has only 1")
+    truth = tl.tensor.__bool__
+    tl.tensor.__bool__ = _truth_of_one
+    try:
+        return function(*blocks)
+    finally:
+        tl.tensor.__bool__ = truth
 
 
 def _init_args_hst(original: Any) -> Any:

@@ -30,7 +30,8 @@ class ConvTile:
     `block_k2` filters more share its pixels in a second product.  `splits` programs share the depth of a tile: of all
     tiles, or of the last `tail` ones, those that would leave most of the GPU idle in their wave.  With `shift` the
     second product makes the next output column, from the same pixels and the same filters.  With `half` a program makes
-    half a box more with the same filters: boxes cover the first columns of the output, half boxes the others.
+    half a box more with the same filters: boxes cover the first columns of the output, half boxes the others; with
+    `shift` the half box lies below the box.
     In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 or 2) taps, with `half` half as
     many channels more of one tap, and `splits` share the pixels.
     """
@@ -70,14 +71,16 @@ class ConvTile:
 
     @property
     def half_box(self) -> tuple[int, int, int] | None:
-        """Half a box: of its images, or of its columns if it has but one image."""
+        """Half a box: of its images, or of its columns if it has but one image; of its rows with `shift`."""
         if not self.half:
             return None
         n, h, w = self.box
+        if self.shift:
+            return n, h // 2, w
         return (n // 2, h, w) if n > 1 else (n, h, w // 2)
 
     def whole_columns(self, problem: Conv2dProblem) -> int:
-        """With `half`: how many columns of the output boxes cover so that the fewest programs make all."""
+        """With `half`, not `shift`: how many columns of the output boxes cover so that the fewest programs make all."""
         return min(range(self.box[2], problem.Q, self.box[2]), key=lambda columns: self._in_row(problem, columns))
 
     def _in_row(self, problem: Conv2dProblem, whole: int) -> int:
@@ -94,8 +97,9 @@ class ConvTile:
         With `half` a box and the half box beside it count as one.
         """
         n, h, w = self.box
-        if self.half:
+        if self.half and not self.shift:
             return -(-problem.P // h) * self._in_row(problem, self.whole_columns(problem))
+        h += h // 2 * self.half
         return -(-problem.N // n) * -(-problem.P // h) * -(-problem.Q // (w + self.shift))
 
     def __str__(self) -> str:
@@ -137,13 +141,14 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
     elif tile.block_k2 and (tile.block_k2 != power_of_two(tile.block_k2) or not 16 <= tile.block_k2 < tile.block_k):
         return f"block_k2={tile.block_k2} must be 0 or a power of two of at least 16, below block_k={tile.block_k}"
     if tile.half:
-        ready = tile.splits == 1 and not tile.shift and tile.box[0] * tile.box[2] > 1 and tile.box[2] < problem.Q
+        ready = tile.box[1] > 1 if tile.shift else tile.box[0] * tile.box[2] > 1 and tile.box[2] < problem.Q
+        ready = ready and tile.splits == 1
         if pass_ == "wgrad":
             ready = tile.taps == 1 and tile.block_c >= 32
         if tile.formulation == "gather" or not ready:
             return (
-                "half needs box or pixel; in fprop and dgrad splits 1, no shift, a box of two images or columns and "
-                "columns beside it; in wgrad taps 1 and block_c of at least 32"
+                "half needs box or pixel; in fprop and dgrad splits 1, a box of two images or columns and columns "
+                "beside it (with shift a box of two rows); in wgrad taps 1 and block_c of at least 32"
             )
     if tile.splits < 1 or tile.tail < 0:
         return f"splits={tile.splits} must be at least 1 and tail={tile.tail} at least 0"
@@ -462,18 +467,18 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
         stages = min(most, (gpu.shared_block - 2048) // ((rows + columns) * depth * dtype.itemsize))
         if stages < 2:
             continue
-        if half and (odd or shift or pixels not in (128, 256)):
+        if half and (odd or pixels not in (128, 256)):
             continue
         # For sm_120, whose products take registers, half a box more spills 224 bytes and up, 2 x 128 filters 160.
         if gpu.arch >= 120 and (half or (shift and block_k > 64)):
             continue
         if dtype.itemsize * block_k * pixels > gpu.shared_block:  # outputs on their way out
             continue
-        for box in _columns(problem, pixels) if shift else _boxes(problem, pixels):
+        for box in _columns(problem, pixels, half) if shift else _boxes(problem, pixels):
             formulation = "pixel" if box[1:] == (1, 1) else "box"
             tile = ConvTile(formulation, box, block_k, depth, warps, stages, block_k2=block_k2, shift=shift, half=half)
             if half:
-                found += [tile] if box[2] < problem.Q and box[0] * box[2] > 1 else []
+                found += [tile] if shift or (box[2] < problem.Q and box[0] * box[2] > 1) else []
                 continue
             found += [tile, *_shared_depth(problem, tile, gpu)]
             if stages == most == 4:  # fewer buffers may let one more program onto the SM
@@ -497,12 +502,14 @@ def _boxes(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
     return found + sorted(boxes, key=lambda box: (_covered(problem, box), -box[0], box[1]))[:3]
 
 
-def _columns(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
-    """Boxes of one column."""
+def _columns(problem: Conv2dProblem, pixels: int, half: bool) -> list[tuple[int, int, int]]:
+    """Boxes of one column, with `half` with half a box below each."""
     images = min(power_of_two(problem.N), pixels)
     tall = [(n, pixels // n, 1) for n in _powers(images) if pixels // n <= power_of_two(problem.P)]
     tall = [box for box in tall if problem.stride[0] == 1 or box[1] == 1]
-    return sorted(tall, key=lambda box: (_covered(problem, box), -box[0]))[:2]
+    if half:
+        tall = [box for box in tall if box[1] > 1]
+    return sorted(tall, key=lambda box: (_covered(problem, (box[0], box[1] + box[1] // 2 * half, 1)), -box[0]))[:2]
 
 
 def _covered(problem: Conv2dProblem, box: tuple[int, int, int]) -> int:

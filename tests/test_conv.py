@@ -194,6 +194,7 @@ SHARED = {
     "the next column, shared": {"box": (4, 4, 1), "block_k": 32, "block_k2": 32, "shift": True, "splits": 3, "tail": 4},
     "half a box of images more": {"block_k": 32, "block_k2": 16, "half": True},
     "half a box of columns more": {"box": (1, 8, 2), "half": True},
+    "half a box of rows more": {"box": (8, 2, 1), "block_k": 32, "block_k2": 32, "shift": True, "half": True},
 }
 
 

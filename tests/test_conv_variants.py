@@ -1,4 +1,4 @@
-"""Transposed, one-dimensional and locally connected convolution, fused dropout, and layers exchanged for each other."""
+"""Transposed, one-dimensional and locally connected convolution, and layers exchanged for each other."""
 
 from __future__ import annotations
 
@@ -146,24 +146,6 @@ def test_gradcheck_and_gradgradcheck() -> None:
     ):  # fmt: skip
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
-
-
-def test_linear_with_relu_and_dropout() -> None:
-    x, w, b = torch.randn(64, 19), torch.randn(31, 19, requires_grad=True), torch.randn(31)
-    plain = tk.linear(x, w, b, activation="relu")
-    torch.manual_seed(3)
-    y = tk.linear(x, w, b, activation="relu", dropout=0.4)
-    torch.manual_seed(3)
-    assert torch.equal(y, tk.dropout(plain, 0.4))
-    kept = y != 0
-    torch.testing.assert_close(y[kept], plain[kept] / 0.6)
-    assert kept.sum() / (plain > 0).sum() == pytest.approx(0.6, abs=0.06)
-    dy = torch.randn_like(y)
-    want = (dy * kept / 0.6).T.double() @ x.double()
-    assert reference.error(torch.autograd.grad(y, w, dy)[0], want) <= 1e-5 * want.abs().max().item()
-    assert torch.equal(tk.linear(x, w, b, activation="relu", dropout=0.4, training=False), plain)
-    with pytest.raises(ValueError, match="dropout is 2: allowed is 0 to 1"):
-        tk.linear(x, w, dropout=2)
 
 
 def test_a_fully_connected_layer_as_a_convolution_and_back() -> None:

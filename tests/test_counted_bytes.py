@@ -109,8 +109,8 @@ COLUMN = BOX | {"box": (4, 4, 1), "block_k2": 32, "shift": True}
 
 
 @pytest.mark.parametrize(
-    "tile", [PIXEL, BOX, GATHER, COLUMN, COLUMN | {"splits": 2, "tail": 3}],
-    ids=["pixel", "box", "gather", "the next column", "the next column, the last three shared"],
+    "tile", [PIXEL, BOX, GATHER, COLUMN, COLUMN | {"splits": 2, "tail": 3}, COLUMN | {"box": (8, 2, 1), "half": True}],
+    ids=["pixel", "box", "gather", "next column", "next column, the last three shared", "next column, half a box more"],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["3x3", "grouped", "5x5 wide padding"])
 def test_dgrad(name, tile):
@@ -396,8 +396,13 @@ def test_local_response_norm_of_contiguous_images():
 
 
 def test_dropout():
-    x = torch.randn(3000).half()
-    agrees([pointwise.plan_dropout(x, torch.empty_like(x), torch.zeros(1, dtype=torch.int64), 0.5, gpu=GPU)])
+    x, seed = torch.randn(3000).half(), torch.zeros(1, dtype=torch.int64)
+    agrees([pointwise.plan_dropout(x, torch.empty_like(x), seed, 0.5, gpu=GPU)])
+    problem = square(0, R=1, S=1, H=1, W=1, N=20)
+    x, w, bias, y = tensors(problem)
+    for tile in (PIXEL, PIXEL | {"block_k2": 16, "splits": 2, "tail": 2}, GATHER):
+        with tiles.override(**tile):
+            agrees(conv.plan_fprop(problem, x, w, bias, y, seed, gpu=GPU, dropout=0.5))
 
 
 def test_local_response_norm_both_ways():

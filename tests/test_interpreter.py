@@ -606,6 +606,35 @@ def test_watchers_are_removed_after_an_error() -> None:
     assert not interpreter._watchers
 
 
+@triton.jit
+def _plain(a, b):
+    return a * b + 1.0
+
+
+@triton.jit
+def _branching(a, b):
+    if a > b:
+        a = b
+    return a
+
+
+@triton.jit
+def map_kernel(x, y, FUNCTION: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    block = tl.load(x + i)[:, None] + tl.zeros((1, BLOCK), tl.float32)
+    out = tl.map_elementwise(FUNCTION, block, tl.load(x + i)[None, :], pack=PACK)
+    tl.store(y + i[:, None] * BLOCK + i[None, :], out)
+
+
+def test_map_elementwise_is_a_call_on_blocks_and_refuses_what_that_cannot_do() -> None:
+    x, y = torch.randn(16), torch.full((16, 16), math.nan)
+    map_kernel[(1,)](x, y, FUNCTION=_plain, PACK=1, BLOCK=16)
+    torch.testing.assert_close(y, x[:, None] * x + 1)
+    for function, pack, says in ((_branching, 1, "cannot branch on an element"), (_plain, 2, "pack=2")):
+        with pytest.raises(triton.runtime.errors.InterpreterError, match=says):
+            map_kernel[(1,)](x, y, FUNCTION=function, PACK=pack, BLOCK=16)
+
+
 # The repair itself.
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from typer.testing import CliRunner
 
-from tileconv.bench import cases, inspect, networks, recorded, suites
+from tileconv.bench import cases, inspect, networks, plans, recorded, suites
 from tileconv.bench.cases import Case
 from tileconv.bench.cli import app
 from tileconv.bench.layers import OPERATIONS
@@ -381,6 +382,26 @@ def test_a_models_calls_are_written_down():
     assert found.left_out == ["norm (BatchNorm2d): batch_norm", "gelu"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "batch norm ran on none"
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(24, 16)), nn.Parameter(torch.randn(24))
+
+    def forward(self, x):
+        return functional.linear(x, self.weight, self.bias, activation="relu", dropout=0.3)
+
+
+def test_a_linear_layer_with_dropout_is_one_layer_and_one_kernel():
+    [row] = recorded.record_model(Head(), (torch.randn(4, 16),)).rows
+    shape = row.at(4)
+    assert (shape.op, shape.input, shape.activation, shape.dropout) == ("linear", (4, 16), "relu", 0.3)
+    setting = plans.Setting(torch.float16, "ieee", hardware.INTERPRETER)
+    names = [launch.kernel.__name__ for pass_ in ("fprop", "backward") for launch in plans.plan(shape, pass_, setting)]
+    assert names == ["fprop_box", "bias_backward", "add_slices"]
+    plain = plans.plan(replace(shape, activation=None), "backward", setting)
+    assert [launch.kernel.__name__ for launch in plain] == ["dropout", "bias_backward", "add_slices"]
 
 
 def test_our_own_networks_are_recorded_too():

@@ -36,9 +36,7 @@ SHORT: dict[Where, float | None] = {
     (HGMMA, "sm_90", "dgrad", "conv3"): 1.40,
     (HGMMA, "sm_90", "dgrad", "conv4"): 1.40,
     # A shifted product shares its pixels with the first one and masks a tap in each step.
-    (HGMMA, "sm_90", "dgrad", "conv2"): 1.21,
-    (USEFUL, "sm_90", "dgrad", "conv2"): 1.03,
-    (RATIO, "sm_90", "dgrad", "conv2"): 1.02,
+    (HGMMA, "sm_90", "dgrad", "conv2"): 1.13,
     # Windows of 3 at stride 2 overlap; what two of them read comes from L2 or L1, memory is read once.
     (BYTES, "sm_90", "forward", "pool1"): 1.69,
     (BYTES, "sm_90", "forward", "pool2"): 1.65,

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from tileconv.kernels.autograd.function import Function, Gradients, door, then_nones
-from tileconv.kernels.autograd.pointwise import relu_backward
+from tileconv.kernels.autograd.pointwise import dropout, relu_backward
 from tileconv.kernels.ops import OPS
+from tileconv.kernels.ops.conv import OF_LINEAR
 
 
 class _Conv2d(Function):
@@ -42,6 +43,40 @@ class _Conv2d(Function):
         if ctx.needs_input_grad[1]:
             to_weight = conv2d_wgrad(grad, input, ctx.shapes[1], *ctx.geometry, ctx.precision)
         return then_nones(to_input, to_weight, to_bias, count=8)
+
+
+class _LinearDropout(Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return OPS.linear_dropout(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        input, weight, _, seed, ctx.dropout, ctx.activation, ctx.precision, ctx.batch_invariant = inputs
+        ctx.shapes = input.shape, weight.shape
+        ctx.save_for_backward(
+            input if ctx.needs_input_grad[1] else None,
+            weight if ctx.needs_input_grad[0] else None,
+            output if ctx.activation else seed,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        input, weight, kept = ctx.saved_tensors
+        to_input = to_weight = to_bias = None
+        if not ctx.activation:
+            grad = dropout(grad.contiguous(), kept, ctx.dropout)
+            to_bias = bias_grad(grad) if ctx.needs_input_grad[2] else None
+        # Behind a ReLU all that was cut or dropped is zero, and all that was not is above: no mask is made again.
+        elif ctx.needs_input_grad[2]:
+            grad, to_bias = relu_bias_grad(grad, kept, ctx.dropout)
+        else:
+            grad = relu_backward(grad, kept, ctx.dropout)
+        if ctx.needs_input_grad[0]:
+            to_input = conv2d_dgrad(grad, weight, ctx.shapes[0], *OF_LINEAR, ctx.precision, False, ctx.batch_invariant)
+        if ctx.needs_input_grad[1]:
+            to_weight = conv2d_wgrad(grad, input, ctx.shapes[1], *OF_LINEAR, ctx.precision)
+        return then_nones(to_input, to_weight, to_bias, count=5)
 
 
 class _Dgrad(Function):
@@ -109,14 +144,17 @@ class _ReluBiasGrad(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        ctx.save_for_backward(inputs[1])
+        _, read, *ctx.dropout = inputs
+        ctx.save_for_backward(read)
 
     @staticmethod
     def backward(ctx: Any, to_masked: torch.Tensor, to_bias: torch.Tensor) -> Gradients:
-        return relu_backward(to_masked + to_bias[:, None, None], ctx.saved_tensors[0]), None
+        to_grad = relu_backward(to_masked + to_bias[:, None, None], ctx.saved_tensors[0], *ctx.dropout)
+        return then_nones(to_grad, count=1 + len(ctx.dropout))
 
 
 conv2d = door(_Conv2d, OPS.conv2d_fprop)
+linear_dropout = door(_LinearDropout, OPS.linear_dropout)
 conv2d_dgrad = door(_Dgrad, OPS.conv2d_dgrad)
 conv2d_wgrad = door(_Wgrad, OPS.conv2d_wgrad)
 bias_grad = door(_BiasGrad, OPS.bias_grad)

@@ -31,11 +31,13 @@ class _ReluBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+        _, read, *ctx.dropout = inputs
+        ctx.save_for_backward(read)
 
     @staticmethod
     def backward(ctx: Any, grad_grad: torch.Tensor) -> Gradients:
-        return relu_backward(grad_grad, ctx.saved_tensors[0]), None
+        to_grad = relu_backward(grad_grad, ctx.saved_tensors[0], *ctx.dropout)
+        return then_nones(to_grad, count=1 + len(ctx.dropout))
 
 
 class _Dropout(Function):

@@ -80,6 +80,26 @@ def _bias_and_activation(acc, bias, g, k, K, HAS_BIAS: tl.constexpr, ACTIVATION:
 
 
 @triton.jit
+def _finished(
+    acc, bias, seed, g, k, n, K, dropout, scale, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    # With dropout of a linear layer's acc[k, n], which is y[n, k]: elements count as device.pointwise.dropout counts
+    # those of a row-major y, so that both draw one mask.  An int32 that overflows is outside y.
+    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    if DROPOUT is not None:
+        # One element after the other.  A block at a time, all four words of every element's state are alive at once:
+        # 2,832 bytes of stack for 64 x 256 outputs on 4 warps of sm_90, where this way takes none.
+        acc = tl.map_elementwise(_dropped, acc, n.to(DROPOUT)[None, :] * K, k[:, None], tl.load(seed), dropout, scale)
+    return acc
+
+
+@triton.jit
+def _dropped(value, row, k, seed, dropout, scale):
+    return tl.where(tl.rand(seed, row + k) >= dropout, value * scale, 0.0)
+
+
+@triton.jit
 def _box_origin(
     t, N, P, Q, K, GROUPS: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     ROWS: tl.constexpr,
@@ -137,7 +157,8 @@ def _store_pixels(
 # GEMM_K: (r, s, c), taps that lie outside the image for the whole box are skipped.
 # With BOX_H = BOX_W = 1 ("pixel") a box never straddles the border, and stride only moves a coordinate.
 # With SHIFT a second product makes the next output column: what its tap s - 1 reads is what tap s of the first reads.
-# With HALF a program makes half a box more, elsewhere in the same rows, with the same filters: 192 pixels of 128 + 64.
+# With HALF a program makes half a box more with the same filters, 192 pixels of 128 + 64: below its box with SHIFT,
+# else elsewhere in the same rows.
 # Programs from FULL on share the depth of a tile between SPLITS of them; fprop_finish adds what they leave in `parts`.
 @triton.jit
 def fprop_box(
@@ -150,10 +171,11 @@ def fprop_box(
     y_half,  # as y and y2 with half a box, or None
     y2_half,
     bias,  # pointer to [GROUPS * K], or None
+    seed,  # of dropout: pointer to one int64, or None
     parts,  # pointer to [tiles from FULL on, SPLITS, BLOCK_K + BLOCK_K2, pixels of a box], or None
     FULL,
     WIDTH,  # columns of w
-    WHOLE,  # columns of y that whole boxes make; 0 without HALF
+    WHOLE,  # columns of y that whole boxes make, with HALF and without SHIFT; else 0
     N,
     H,
     W,
@@ -169,6 +191,8 @@ def fprop_box(
     pad_w,
     stride_h,
     stride_w,
+    dropout,  # the share of outputs that become zero, and what the others are multiplied by; None without seed
+    scale,
     R: tl.constexpr,
     S: tl.constexpr,
     DIL_H: tl.constexpr,
@@ -180,6 +204,7 @@ def fprop_box(
     TRANSPOSED: tl.constexpr,  # w holds [depth, taps * PARTS * rows], as dgrad finds the filters of fprop
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,  # the type that counts y's elements, or None; P = Q = GROUPS = 1
     STORE_BOX: tl.constexpr,
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -193,14 +218,18 @@ def fprop_box(
     BLOCK_K2: tl.constexpr,  # filters of a second product on the same pixels: 128 + 64 wastes no column of 192 or 384
     BLOCK_C: tl.constexpr,
     SHIFT: tl.constexpr,  # 0, or 1 with BOX_W = 1, BLOCK_K2 = BLOCK_K, stride and dilation 1 along W
-    HALF: tl.constexpr,  # 0, or 1 with SPLITS = 1 and SHIFT = 0: of the images of a box, else of its columns
+    HALF: tl.constexpr,  # 0, or 1 with SPLITS = 1: half the rows with SHIFT, else half the images or columns
 ):
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
     NEXT_K: tl.constexpr = BLOCK_K2 if SHIFT else BLOCK_K + BLOCK_K2
     ROWS: tl.constexpr = BLOCK_K + BLOCK_K2
-    HALF_N: tl.constexpr = BOX_N // 2 if BOX_N > 1 else 1
-    HALF_W: tl.constexpr = BOX_W if BOX_N > 1 else BOX_W // 2
+    BELOW: tl.constexpr = HALF * SHIFT
+    HALF_N: tl.constexpr = BOX_N if BELOW else (BOX_N + 1) // 2
+    HALF_H: tl.constexpr = BOX_H // 2 if BELOW else BOX_H
+    HALF_W: tl.constexpr = BOX_W if BELOW or BOX_N > 1 else BOX_W // 2
+    TALL: tl.constexpr = BOX_H + HALF_H * BELOW
     tl.static_assert(SHIFT == 0 or (BOX_W == 1 and DIL_W == 1 and BLOCK_K2 == BLOCK_K))
+    tl.static_assert(HALF == 0 or DROPOUT is None)  # half a box takes another column, a linear layer has one
     t = tl.program_id(0)
     part = 0
     shares = 1
@@ -209,21 +238,24 @@ def fprop_box(
             part = (t - FULL) % SPLITS
             shares = SPLITS
             t = FULL + (t - FULL) // SPLITS
-    if HALF:
+    if HALF and not BELOW:
         k0, g, n, p, q, n_half, q_half = _pair_origin(
             t, N, Q, K, WHOLE, GROUPS, BOX_N, BOX_H, BOX_W, HALF_N, HALF_W, ROWS
         )
+        p_half = p
     else:
-        k0, g, n, p, q = _box_origin(t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W + SHIFT, NEXT_K)
+        k0, g, n, p, q = _box_origin(t, N, P, Q, K, GROUPS, BOX_N, TALL, BOX_W + SHIFT, NEXT_K)
+        n_half, p_half, q_half = n, p + BOX_H, q
     h0 = p * stride_h - pad_h
     w0 = q * stride_w - pad_w
     # cdiv rounds towards zero for negatives; the outer maximum makes that harmless.
-    r_lo = tl.maximum(0, tl.cdiv(1 - BOX_H - h0, DIL_H))
+    r_lo = tl.maximum(0, tl.cdiv(1 - TALL - h0, DIL_H))
     r_hi = tl.minimum(R, tl.maximum(0, tl.cdiv(H - h0, DIL_H)))
     s_lo = tl.maximum(0, tl.cdiv(1 - BOX_W - w0, DIL_W))
     s_hi = tl.minimum(S + SHIFT, tl.maximum(0, tl.cdiv(W - w0, DIL_W)))
-    if HALF:
-        w_half = q_half * stride_w - pad_w
+    h_half = p_half * stride_h - pad_h
+    w_half = q_half * stride_w - pad_w
+    if HALF and not BELOW:
         s_lo = tl.minimum(s_lo, tl.maximum(0, tl.cdiv(1 - HALF_W - w_half, DIL_W)))
         s_hi = tl.maximum(s_hi, tl.minimum(S, tl.maximum(0, tl.cdiv(W - w_half, DIL_W))))
     n_c = tl.cdiv(C, BLOCK_C)
@@ -256,7 +288,7 @@ def fprop_box(
             )
             if HALF:
                 box_half = _pixel_load(
-                    x_half, n_half, h0 + r * DIL_H, w_half + s * DIL_W, plane, c, C, 0, 0, GROUPS * PARTS, False,
+                    x_half, n_half, h_half + r * DIL_H, w_half + s * DIL_W, plane, c, C, 0, 0, GROUPS * PARTS, False,
                     PIXELS // 2, BLOCK_C,
                 )  # fmt: skip
             tap = TAP_0 + r * TAP_R + s * TAP_S
@@ -300,7 +332,8 @@ def fprop_box(
                 tl.store(slot + ((BLOCK_K + tl.arange(0, BLOCK_K2)) * PIXELS)[:, None] + i[None, :], acc2)
             return
     k = k0 + tl.arange(0, BLOCK_K)
-    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    image = n + tl.arange(0, PIXELS) // (BOX_H * BOX_W)
+    acc = _finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
     _store_box(
         y, acc.to(OUT), k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
         GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K,
@@ -308,13 +341,13 @@ def fprop_box(
     if HALF:
         acc_half = _bias_and_activation(acc_half, bias, g, k, K, HAS_BIAS, ACTIVATION)
         _store_box(
-            y_half, acc_half.to(OUT), k0, g, n_half, p, q_half, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
-            GROUPS, STORE_BOX, HALF_N, BOX_H, HALF_W, BLOCK_K,
+            y_half, acc_half.to(OUT), k0, g, n_half, p_half, q_half, N, P, Q, K,
+            stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX, HALF_N, HALF_H, HALF_W, BLOCK_K,
         )  # fmt: skip
     if BLOCK_K2:
         k1 = k0 if SHIFT else k0 + BLOCK_K
         k = k1 + tl.arange(0, BLOCK_K2)
-        acc2 = _bias_and_activation(acc2, bias, g, k, K, HAS_BIAS, ACTIVATION)
+        acc2 = _finished(acc2, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
         _store_box(
             y2, acc2.to(OUT), k1, g, n, p, q + SHIFT, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
             GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
@@ -322,8 +355,8 @@ def fprop_box(
         if HALF:
             acc2_half = _bias_and_activation(acc2_half, bias, g, k, K, HAS_BIAS, ACTIVATION)
             _store_box(
-                y2_half, acc2_half.to(OUT), k1, g, n_half, p, q_half, N, P, Q, K,
-                stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX, HALF_N, BOX_H, HALF_W, BLOCK_K2,
+                y2_half, acc2_half.to(OUT), k1, g, n_half, p_half, q_half + SHIFT, N, P, Q, K,
+                stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX, HALF_N, HALF_H, HALF_W, BLOCK_K2,
             )  # fmt: skip
 
 
@@ -353,12 +386,14 @@ def _store_box(
         y.store([n, p, q, g, k0], out.T.reshape(BOX_N, BOX_H, BOX_W, 1, ROWS))
 
 
-# y[k, pixel] = activation(bias + parts[0] + parts[1] + ...), always in this order, for the tiles that were shared.
+# y[k, pixel] = activation(bias + parts[0] + parts[1] + ...), always in this order, for the tiles that were shared; with
+# dropout as in fprop_box.
 @triton.jit
 def fprop_finish(
     parts,  # pointer to [tiles from FULL on, SPLITS, ROWS, pixels of a box]
     y,  # pointer
     bias,
+    seed,
     FULL,
     N,
     P,
@@ -368,10 +403,13 @@ def fprop_finish(
     stride_yp,
     stride_yq,
     stride_yk,
+    dropout,
+    scale,
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
     OUT: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -398,7 +436,8 @@ def fprop_finish(
         second = block % (ROWS // BLOCK_K) * BLOCK_K // NEXT_K
         k -= second * NEXT_K
         q += second
-    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    image = n + i // (BOX_H * BOX_W)
+    acc = _finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
     _store_pixels(
         y, acc.to(OUT), i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W
     )  # fmt: skip
@@ -412,6 +451,7 @@ def fprop_gather(
     w,  # pointer, any strides
     y,  # pointer, any strides
     bias,  # pointer to [GROUPS * K], or None
+    seed,  # of dropout, as in fprop_box
     N,
     H,
     W,
@@ -433,6 +473,8 @@ def fprop_gather(
     stride_yk,
     pad_h,
     pad_w,
+    dropout,
+    scale,
     C: tl.constexpr,  # channels of one group; constant, so that offsets fold and wide loads are proven aligned
     R: tl.constexpr,
     S: tl.constexpr,
@@ -446,6 +488,7 @@ def fprop_gather(
     TAP_S: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
     FLAT: tl.constexpr,  # depth is (r, s, c) flattened: few channels would leave a block of c mostly empty
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,  # of x, GROUPS * C channels apart, and of w
@@ -517,7 +560,7 @@ def fprop_gather(
             else:
                 acc += _dot_parts(w_at, inside_w, stride_wp, x_at, inside_x, x_part, PARTS, ACC)
             c, s, r = _next_tap(c, s, r, 0, S, C, BLOCK_C)
-    acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    acc = _finished(acc, bias, seed, g, k, n, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
     pixel_y = n * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
     rows = (g * K + k).to(tl.int64) * stride_yk
     tl.store(y + rows[:, None] + pixel_y[None, :], acc.to(OUT), mask=inside_k[:, None] & inside_y[None, :])

@@ -11,7 +11,7 @@ from tileconv.kernels import checks, geometry, layout
 from tileconv.kernels.autograd import conv as autograd
 from tileconv.kernels.functional import common, pointwise
 from tileconv.kernels.functional.common import IntOrPair, autocast, fp32_precision
-from tileconv.kernels.ops.conv import conv2d_problem
+from tileconv.kernels.ops.conv import OF_LINEAR, conv2d_problem
 
 
 def conv2d(
@@ -77,7 +77,8 @@ def linear(
     `activation` and `precision` as in conv2d; None follows torch.backends.cuda.matmul.fp32_precision.
     batch_invariant as in conv2d: the batch are all rows of input.
     dropout: while `training` zero outputs with this probability and divide the others by what is left, after the
-    activation; as functional.dropout, in a kernel of its own, which reads and writes the K outputs of a row once more.
+    activation and in the same kernel; the mask is that which functional.dropout would draw for the output.  Outputs are
+    divided before they are rounded, so in half precision they may differ from those of two calls in the last bit.
     """
     checks.choice("activation", activation, checks.ACTIVATIONS)
     dropout = checks.probability("dropout", dropout)
@@ -93,12 +94,15 @@ def linear(
     if bias is not None:
         checks.vector("bias", bias, input, weight.shape[0])
     rows = input.reshape(-1, input.shape[-1])
-    output: torch.Tensor = autograd.conv2d(
-        rows[:, :, None, None], weight[:, :, None, None], bias, (1, 1), (0, 0, 0, 0), (1, 1), 1, activation,
-        fp32_precision(precision, input, "matmul"), False, common.invariance(batch_invariant),
-    )  # fmt: skip
-    if dropout > 0:
-        output = pointwise.dropout(output, dropout, training)
+    pixels, filters = rows[:, :, None, None], weight[:, :, None, None]
+    precision = fp32_precision(precision, input, "matmul")
+    invariant = common.invariance(batch_invariant)
+    output: torch.Tensor
+    if training and dropout > 0:
+        seed = pointwise.drawn_seed(input.device)
+        output = autograd.linear_dropout(pixels, filters, bias, seed, dropout, activation, precision, invariant)
+    else:
+        output = autograd.conv2d(pixels, filters, bias, *OF_LINEAR, activation, precision, False, invariant)
     return output.reshape(*input.shape[:-1], weight.shape[0])
 
 

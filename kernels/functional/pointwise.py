@@ -25,6 +25,10 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace:
     p = checks.probability("p", p)
     if not training:
         return input
-    seed = torch.randint(0, 1 << 62, (1,), device=input.device)
-    output: torch.Tensor = autograd.dropout(input, seed, p)
+    output: torch.Tensor = autograd.dropout(input, drawn_seed(input.device), p)
     return input.copy_(output) if inplace else output
+
+
+def drawn_seed(device: torch.device) -> torch.Tensor:
+    """The seed of one mask, from PyTorch's generator: there, so that a CUDA graph draws anew at every replay."""
+    return torch.randint(0, 1 << 62, (1,), device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ from tileconv.kernels.launch.descriptors import (
 )
 from tileconv.kernels.launch.layout import plan_depth_to_space, plan_space_to_depth, plan_turn
 from tileconv.kernels.launch.plans import scratch
-from tileconv.kernels.launch.pointwise import plan_add_slices
+from tileconv.kernels.launch.pointwise import dropout_scale, plan_add_slices
 from tileconv.kernels.launch.split import plan_split
+
+NO_DROPOUT: Mapping[str, Any] = {"seed": None, "dropout": None, "scale": None, "DROPOUT": None}
 
 
 def plan_fprop(
@@ -37,16 +39,20 @@ def plan_fprop(
     w: torch.Tensor,
     bias: torch.Tensor | None,
     y: torch.Tensor,
+    seed: torch.Tensor | None = None,
     *,
     gpu: GPU,
     activation: str | None = None,
     precision: str = "ieee",
     batch_invariant: bool = False,
+    dropout: float = 0.0,
 ) -> list[Launch]:
     """The launches that write y [N, K, P, Q] from x [N, C, H, W] and w [K, C/groups, R, S].
 
     Strides of x and y are free; a formulation that needs descriptors copies an operand that they cannot address.
+    With a seed, for linear layers alone (outputs of one pixel), `dropout` follows the activation: plan_dropout's mask.
     """
+    assert seed is None or problem.y_shape[2:] == problem.stride == (problem.groups, 1) == (1, 1)
     if _depthwise(problem):
         return depthwise.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation)
     if first := runs.prepare(problem, "fprop", x, precision, gpu=gpu):
@@ -59,8 +65,9 @@ def plan_fprop(
         [(wide, _)] = padded.problems(problem, "fprop", x.dtype)
         (x, copy_x), (w, copy_w) = padded.image(x, gpu), padded.image(w, gpu)
         rest = plan_fprop(
-            wide, x, w, bias, y, gpu=gpu, activation=activation, precision=precision, batch_invariant=batch_invariant
-        )
+            wide, x, w, bias, y, seed, gpu=gpu, activation=activation, precision=precision,
+            batch_invariant=batch_invariant, dropout=dropout,
+        )  # fmt: skip
         return [*copy_x, *copy_w, *rest]
     if tiles.first_layer(problem, "fprop", x.dtype, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
@@ -71,16 +78,21 @@ def plan_fprop(
         return [to_blocks, filters_to_blocks, *rest]
     x, w, splits = _in_parts(x, w, precision, gpu)
     settings: dict[str, Any] = {"activation": activation, "precision": precision, "batch_invariant": batch_invariant}
+    if seed is not None:
+        settings["drops"] = {"seed": seed, "dropout": dropout, "scale": dropout_scale(dropout),
+                             "DROPOUT": index_type(y)}  # fmt: skip
     return [*splits, *_plan_product(problem, problem.filters, x, w, bias, y, gpu=gpu, **settings)]
 
 
 def _plan_product(
     problem: Conv2dProblem, filters: Filters, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
     y: torch.Tensor, *, gpu: GPU, activation: str | None, precision: str, batch_invariant: bool,
+    drops: Mapping[str, Any] = NO_DROPOUT,
 ) -> list[Launch]:  # fmt: skip
     """The launches of plan_fprop's products; x and w are in parts if `precision` splits them.
 
     `filters` says how the problem reads w, the layer's own: dgrad runs on the filters of fprop, transposed.
+    `drops` are the kernels' arguments for dropout.
     """
     pass_ = "dgrad" if filters.transposed else "fprop"
     tile = tiles.choose(problem, pass_, y.dtype, precision, gpu, batch_invariant=batch_invariant)
@@ -90,7 +102,7 @@ def _plan_product(
         **strides("y", y, "nkpq"), "pad_h": problem.padding[0][0], "pad_w": problem.padding[1][0],
         "R": problem.R, "S": problem.S, "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
         "GROUPS": problem.groups, "TAP_0": filters.first, "TAP_R": filters.step_r, "TAP_S": filters.step_s,
-        "HAS_BIAS": bias is not None, "ACTIVATION": activation, **_arithmetic(x.dtype, precision),
+        "HAS_BIAS": bias is not None, "ACTIVATION": activation, **drops, **_arithmetic(x.dtype, precision),
         "OUT": TRITON_TYPE[y.dtype], "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
     if tile.formulation == "gather":
@@ -296,13 +308,15 @@ def _plan_box(
         "x": image_descriptor(image, planes, tile.box, tile.block_c),
         "x_half": image_descriptor(image, planes, half, tile.block_c) if half else None,
         "y_half": output_box(tile.block_k, half), "y2_half": output_box(tile.block_k2, half),
-        "WHOLE": tile.whole_columns(problem) if half else 0, "HALF": int(tile.half),
+        "WHOLE": tile.whole_columns(problem) if half and not tile.shift else 0, "HALF": int(tile.half),
         "w": filter_box(tile.block_k), "w2": filter_box(tile.block_k2),
         "y": output_box(tile.block_k), "y2": output_box(tile.block_k2), "parts": parts,
         "stride_h": problem.stride[0], "stride_w": problem.stride[1],
         "TRANSPOSED": transposed, "STORE_BOX": store_box, "BLOCK_K2": tile.block_k2,
         "WIDTH": matrix.shape[1],
     }  # fmt: skip
+    if shared == programs:  # fprop_finish drops for all of them
+        arguments |= NO_DROPOUT
     grid = programs + shared * (tile.splits - 1)
     first = Launch(device.fprop_box, (grid,), arguments, tile.num_warps, tile.num_stages, str(tile))
     return [first] if parts is None else [first, _plan_finish(tile, parts, y, common | where, gpu)]
@@ -313,7 +327,7 @@ def _plan_finish(tile: tiles.ConvTile, parts: torch.Tensor, y: torch.Tensor, kno
     block_k = math.gcd(tile.filters, 1024 if gpu.interprets else 64)
     block_p = tile.pixels if gpu.interprets else min(tile.pixels, 32)
     names = ("bias", "FULL", "N", "P", "Q", "K", "stride_yn", "stride_yp", "stride_yq", "stride_yk", "GROUPS", "SPLITS",
-             "HAS_BIAS", "ACTIVATION", "OUT", "BOX_N", "BOX_H", "BOX_W", "SHIFT")  # fmt: skip
+             "HAS_BIAS", "ACTIVATION", "OUT", "BOX_N", "BOX_H", "BOX_W", "SHIFT", *NO_DROPOUT)  # fmt: skip
     arguments = {name: known[name] for name in names}
     arguments |= {"parts": parts, "y": y, "ROWS": tile.rows, "BLOCK_K": block_k, "BLOCK_P": block_p}
     programs = parts.shape[0] * (tile.rows // block_k) * (tile.pixels // block_p)

@@ -18,15 +18,22 @@ def plan_relu(x: torch.Tensor, y: torch.Tensor, *, gpu: GPU) -> Launch:
     return _flat(device.relu_forward, {"x": x, "y": y}, x.numel(), x, gpu)
 
 
-def plan_relu_backward(dy: torch.Tensor, y: torch.Tensor, dx: torch.Tensor, *, gpu: GPU) -> Launch:
-    """The launch that writes dx = dy where y > 0, else 0; vectors laid out alike."""
-    return _flat(device.relu_backward, {"dy": dy, "y": y, "dx": dx}, dy.numel(), dy, gpu)
+def plan_relu_backward(
+    dy: torch.Tensor, y: torch.Tensor, dx: torch.Tensor, dropout: float = 0.0, *, gpu: GPU
+) -> Launch:
+    """The launch that writes dx = dy / (1 - dropout) where y > 0, else 0; vectors laid out alike."""
+    scale = dropout_scale(dropout) if dropout else None
+    return _flat(device.relu_backward, {"dy": dy, "y": y, "dx": dx, "scale": scale}, dy.numel(), dy, gpu)
+
+
+def dropout_scale(p: float) -> float:
+    """What is left is multiplied by this after dropout with probability p: 0 where nothing is."""
+    return 1.0 / (1.0 - p) if p < 1 else 0.0
 
 
 def plan_dropout(x: torch.Tensor, y: torch.Tensor, seed: torch.Tensor, p: float, *, gpu: GPU) -> Launch:
     """The launch that writes y = x / (1 - p) where Philox(seed, element) keeps it, else 0; vectors laid out alike."""
-    scale = 1.0 / (1.0 - p) if p < 1 else 0.0
-    arguments = {"x": x, "y": y, "seed": seed, "p": float(p), "scale": scale}
+    arguments = {"x": x, "y": y, "seed": seed, "p": float(p), "scale": dropout_scale(p)}
     return _flat(device.dropout, arguments, x.numel(), x, gpu)
 
 
@@ -42,9 +49,13 @@ def plan_add_slices(parts: torch.Tensor, out: torch.Tensor, *, gpu: GPU) -> Laun
 
 
 def plan_bias_backward(
-    dy: torch.Tensor, y: torch.Tensor | None, dx: torch.Tensor | None, sums: torch.Tensor, *, gpu: GPU
-) -> list[Launch]:
-    """The launches that write sums [K] from dy [N, K, P, Q], masked by y > 0 into dx (laid out like y) if given."""
+    dy: torch.Tensor, y: torch.Tensor | None, dx: torch.Tensor | None, sums: torch.Tensor, dropout: float = 0.0,
+    *, gpu: GPU,
+) -> list[Launch]:  # fmt: skip
+    """The launches that write sums [K] from dy [N, K, P, Q].
+
+    If y and dx, laid out alike, are given, they are the sums of dx, which is dy / (1 - dropout) where y > 0, else 0.
+    """
     images, width, pixels = dy.shape[0], dy.shape[1], dy.shape[2] * dy.shape[3]
     dy = rows_in_line(dy)
     tile = tiles.choose_elementwise(images * pixels, width, dy.dtype, gpu)
@@ -53,7 +64,8 @@ def plan_bias_backward(
     dtype = sum_dtype(dy.dtype)
     parts = scratch(torch.empty((strips, width), dtype=dtype, device=dy.device))
     arguments = {
-        "dy": dy, "y": y, "dx": dx, "sums": parts, "PIXELS": pixels, "HEIGHT": images * pixels, "K": width,
+        "dy": dy, "y": y, "dx": dx, "sums": parts, "scale": dropout_scale(dropout) if dropout else None,
+        "PIXELS": pixels, "HEIGHT": images * pixels, "K": width,
         "stride_gn": dy.stride(0), "stride_gk": dy.stride(1), "stride_gi": _pixel_stride(dy),
         "stride_yn": 0 if y is None else y.stride(0), "stride_yk": 0 if y is None else y.stride(1),
         "stride_yi": 0 if y is None else _pixel_stride(y), "LOOPS": loops, "MASK": y is not None,

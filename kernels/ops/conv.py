@@ -12,6 +12,8 @@ from tileconv.kernels.launch import pointwise as launch_pointwise
 from tileconv.kernels.ops.registry import Ints, define, remembered
 
 GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
+OF_LINEAR = (1, 1), (0, 0, 0, 0), (1, 1), 1
+"""The geometry of a linear layer: a 1x1 convolution of images of one pixel."""
 
 
 @remembered
@@ -45,6 +47,27 @@ def _fprop(
         plans.run(
             launch_conv.plan_fprop, problem, input, weight, bias, output, activation=activation, precision=precision,
             batch_invariant=batch_invariant,
+        )  # fmt: skip
+    return output
+
+
+def _linear_dropout_fake(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, dropout: float,
+    activation: str | None, precision: str, batch_invariant: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    return input.new_empty((input.shape[0], weight.shape[0], 1, 1))
+
+
+def _linear_dropout(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, dropout: float,
+    activation: str | None, precision: str, batch_invariant: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    problem = conv2d_problem(input.shape, weight.shape, *OF_LINEAR)
+    output = input.new_empty(problem.y_shape)
+    if output.numel():
+        plans.run(
+            launch_conv.plan_fprop, problem, input, weight, bias, output, seed, activation=activation,
+            precision=precision, batch_invariant=batch_invariant, dropout=dropout,
         )  # fmt: skip
     return output
 
@@ -98,6 +121,12 @@ define(
     _fprop_fake,
 )
 define(
+    "linear_dropout(Tensor input, Tensor weight, Tensor? bias, Tensor seed, float dropout, str? activation, "
+    "str precision, bool batch_invariant=False) -> Tensor",
+    _linear_dropout,
+    _linear_dropout_fake,
+)
+define(
     f"conv2d_dgrad(Tensor grad, Tensor weight, SymInt[4] input_shape, {GEOMETRY}, str precision, bool channels_last, "
     "bool batch_invariant=False) -> Tensor",
     _dgrad,
@@ -110,7 +139,9 @@ define(
 )
 
 
-def _bias_backward(grad: torch.Tensor, output: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _bias_backward(
+    grad: torch.Tensor, output: torch.Tensor | None, dropout: float = 0.0
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     masked = None
     if output is not None:
         checks.belongs("grad", grad, output.shape, output, output.dtype)
@@ -118,7 +149,7 @@ def _bias_backward(grad: torch.Tensor, output: torch.Tensor | None) -> tuple[tor
         masked = torch.empty_like(output)
     sums = torch.zeros(grad.shape[1], dtype=grad.dtype, device=grad.device)
     if grad.numel():
-        plans.run(launch_pointwise.plan_bias_backward, grad, output, masked, sums)
+        plans.run(launch_pointwise.plan_bias_backward, grad, output, masked, sums, dropout)
     return masked, sums
 
 
@@ -126,15 +157,17 @@ def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
     return _bias_backward(grad, None)[1]
 
 
-def _relu_bias_grad(grad: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    masked, sums = _bias_backward(grad, output)
+def _relu_bias_grad(
+    grad: torch.Tensor, output: torch.Tensor, dropout: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    masked, sums = _bias_backward(grad, output, dropout)
     assert masked is not None
     return masked, sums
 
 
 define("bias_grad(Tensor grad) -> Tensor", _bias_grad, lambda grad: grad.new_empty(grad.shape[1]))
 define(
-    "relu_bias_grad(Tensor grad, Tensor output) -> (Tensor, Tensor)",
+    "relu_bias_grad(Tensor grad, Tensor output, float dropout=0.0) -> (Tensor, Tensor)",
     _relu_bias_grad,
-    lambda grad, output: (torch.empty_like(output), grad.new_empty(grad.shape[1])),
+    lambda grad, output, dropout=0.0: (torch.empty_like(output), grad.new_empty(grad.shape[1])),
 )
