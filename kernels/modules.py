@@ -125,10 +125,12 @@ class Linear(torch.nn.Linear):
     """torch.nn.Linear: [..., C] -> [..., K].
 
     precision: of fp32 products, None, "ieee", "tf32", "bf16x3" or "bf16x6", as in functional.conv2d.
+    dropout: in training the share of outputs that become zero, in the same kernel, as in functional.linear.
     """
 
     activation: Literal["relu"] | None = None
     precision: str | None = None
+    dropout: float = 0.0
 
     def __init__(
         self,
@@ -139,16 +141,22 @@ class Linear(torch.nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         precision: str | None = None,
+        dropout: float = 0.0,
     ) -> None:
         checks.choice("precision", precision, (None, *checks.PRECISIONS))
+        dropout = checks.probability("dropout", dropout)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.precision = precision
+        self.precision, self.dropout = precision, dropout
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return linear(input, self.weight, self.bias, activation=self.activation, precision=self.precision)
+        return linear(
+            input, self.weight, self.bias, activation=self.activation, dropout=self.dropout, training=self.training,
+            precision=self.precision,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return _with_precision(super().extra_repr(), self.precision)
+        text = _with_precision(super().extra_repr(), self.precision)
+        return f"{text}, dropout={self.dropout}" if self.dropout else text
 
 
 class LinearReLU(Linear):

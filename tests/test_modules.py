@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tileconv.kernels as tk
 from tileconv.kernels import modules
 
 Check = Callable[[Tensor, Tensor, Tensor], None]
@@ -170,6 +171,20 @@ def test_weight_norm(device: torch.device) -> None:
 
 
 # -- precision, tracing, errors ----------------------------------------------------------------------------------------
+
+
+def test_a_linear_layer_drops_in_training_alone() -> None:
+    layer, x = modules.LinearReLU(7, 5, dropout=0.5), torch.randn(3, 7)
+    torch.manual_seed(1)
+    dropped = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(dropped, tk.linear(x, layer.weight, layer.bias, activation="relu", dropout=0.5))
+    whole = layer.eval()(x)
+    assert torch.equal(whole, tk.linear(x, layer.weight, layer.bias, activation="relu"))
+    assert not torch.equal(dropped, whole)
+    assert repr(layer) == "LinearReLU(in_features=7, out_features=5, bias=True, dropout=0.5)"
+    with pytest.raises(ValueError, match=r"dropout is 1\.5: allowed is 0 to 1"):
+        modules.Linear(7, 5, dropout=1.5)
 
 
 @pytest.mark.parametrize("make", [lambda **k: modules.Conv2d(2, 3, 1, **k), lambda **k: modules.Linear(2, 3, **k)])
