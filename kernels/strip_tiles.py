@@ -22,6 +22,7 @@ STEP_INSTRUCTIONS = 60
 # A scheduler's only warp waits for its own results every other cycle: assumed, not measured.
 WARPS_TO_FILL = 2
 EQUAL = 1.05  # times this close are the same to the model
+FEW = 1.1  # times the least bytes: fewer than this are not worth fewer warps
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def strip_tile(problem: Pool2dProblem, dtype: torch.dtype, gpu: GPU, long: int, 
 
 @lru_cache(maxsize=4096)
 def choose_strips(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> StripTile | None:
-    """Of the strips that take the least modelled time those that load the least; None for pools that have none.
+    """The strips of the least modelled time; of equals those that load least, down to FEW, then the least busy.
 
-    The interpreter has none either: it counts steps, and a strip takes many.
+    None for pools that have none, and in the interpreter: it counts steps, and a strip takes many.
     """
     if gpu.interprets or not has_strips(problem, dtype):
         return None
@@ -81,12 +82,15 @@ def choose_strips(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: G
     odd = 0 if pass_ == "forward" else _shared(problem)[1] % 2
     wides = [wide for wide in range(1, widest + 1) if wide % 2 == odd]
     longs = sorted({-(-lines // strips) for strips in range(1, lines + 1)})
+    least = problem.bytes_least(dtype.itemsize, switch=True)
+    dram = cost.streaming_us(least, gpu)
     found = []
     for tile in (strip_tile(problem, dtype, gpu, long, wide) for wide in wides for long in longs):
         moved = _moved(problem, pass_, dtype, tile.strips((lines, columns)))
-        found.append((_modelled_us(problem, pass_, dtype, gpu, tile, moved), moved, tile))
-    least = min(time for time, _, _ in found)
-    return min((each for each in found if each[0] <= EQUAL * least), key=lambda each: (each[1], each[0]))[2]
+        busy = _busy_us(problem, pass_, gpu, tile)
+        found.append((max(dram, busy, 1e6 * moved / gpu.l2), max(moved, FEW * least), busy, tile))
+    limit = EQUAL * min(time for time, *_ in found)
+    return min((each for each in found if each[0] <= limit), key=lambda each: each[1:3])[-1]
 
 
 def _shared(problem: Pool2dProblem) -> Pair:
@@ -108,10 +112,8 @@ def _moved(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, strips: Pair)
     return problem.N * problem.C * (rows * columns * size + once)
 
 
-def _modelled_us(
-    problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU, tile: StripTile, moved: int
-) -> float:
-    """The slowest of DRAM, L2 and the schedulers, which issue a warp's steps; copies run ahead of them."""
+def _busy_us(problem: Pool2dProblem, pass_: str, gpu: GPU, tile: StripTile) -> float:
+    """What schedulers take to issue the steps of their warps; copies run ahead of them."""
     (r, s), (down, _) = problem.kernel, problem.stride
     operations = (s - 1) * down + r - 1 if pass_ == "forward" else problem.taps
     extents = (problem.P, problem.Q) if pass_ == "forward" else cells(problem)
@@ -119,6 +121,5 @@ def _modelled_us(
     warps = -(-lanes // tile.rows) * -(-problem.C // tile.cols) * tile.num_warps
     each = tile.rows * tile.cols // (32 * tile.num_warps)
     step = STEP_INSTRUCTIONS + INSTRUCTIONS[pass_] * operations * each * tile.wide
-    busy = cost.FILL_CYCLES + (tile.long + 1) * step * max(WARPS_TO_FILL, -(-warps // (4 * gpu.sms)))
-    dram = cost.streaming_us(problem.bytes_least(dtype.itemsize, switch=True), gpu)
-    return max(dram, 1e6 * busy / gpu.clock, 1e6 * moved / gpu.l2)
+    cycles = cost.FILL_CYCLES + (tile.long + 1) * step * max(WARPS_TO_FILL, -(-warps // (4 * gpu.sms)))
+    return 1e6 * cycles / gpu.clock
