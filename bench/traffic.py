@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import traffic_layers
-from .traffic_base import Arguments, Traffic, adaptive_pairs
+from .traffic_base import Arguments, Traffic, adaptive_pairs, windows_once
 from .traffic_base import cdiv as _cdiv
 from .traffic_base import clip as _clip
 from .traffic_base import itemsize as _itemsize
@@ -319,41 +319,7 @@ def _max_backward_cells(a: Arguments) -> Traffic:
         for cells, outputs, window, stride in (
             (a["CELLS_H"], a["P"], a["R"], a["STRIDE_H"]), (a["CELLS_W"], a["Q"], a["S"], a["STRIDE_W"]))
     )  # fmt: skip
-    return _windows_once(a, windows)
-
-
-def _max_forward_strips(a: Arguments) -> Traffic:
-    """Every pixel under a strip of outputs once; what lies beyond the last window belongs to no strip."""
-    loaded = 1
-    for strip, outputs, window, stride, pad, extent in (
-        (a["LONG"], a["P"], a["R"], a["STRIDE_H"], a["PAD_H"], a["H"]),
-        (a["WIDE"], a["Q"], a["S"], a["STRIDE_W"], a["PAD_W"], a["W"]),
-    ):
-        end = min(extent, (outputs - 1) * stride - pad + window)
-        starts = range(-pad, outputs * stride - pad, strip * stride)
-        loaded *= sum(_clip(start, (strip - 1) * stride + window, end) for start in starts)
-    plain = _max_forward(a | {"DIL_H": 1, "DIL_W": 1})
-    images = a["x"].shape[0] * a["x"].shape[1]
-    return Traffic(images * loaded * _itemsize(a["x"]), plain.written, plain.least)
-
-
-def _max_backward_strips(a: Arguments) -> Traffic:
-    """The windows over each strip of cells, each loaded once for the strip."""
-    windows = math.prod(
-        sum(_clip(first - shared, strip + shared, outputs) for first in range(0, strips * strip, strip))
-        for strips, strip, outputs, shared in (
-            (a["STRIPS_H"], a["LONG"], a["P"], (a["R"] - 1) // a["STRIDE_H"]),
-            (a["STRIPS_W"], a["WIDE"], a["Q"], (a["S"] - 1) // a["STRIDE_W"]))
-    )  # fmt: skip
-    return _windows_once(a, windows)
-
-
-def _windows_once(a: Arguments, loaded: int) -> Traffic:
-    """Gradients, switches and with MASK values of so many windows of a plane, and every pixel's gradient."""
-    images = a["dx"].shape[0] * a["dx"].shape[1]
-    size = _itemsize(a["dy"]) + _itemsize(a["switch"]) + (_itemsize(a["y"]) if a["MASK"] else 0)
-    written = images * a["H"] * a["W"] * _itemsize(a["dx"])
-    return Traffic(images * loaded * size, written, images * a["P"] * a["Q"] * size + written)
+    return windows_once(a, windows)
 
 
 def _window(a: Arguments, image: Any) -> tuple[int, int, int]:
@@ -477,8 +443,6 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "max_forward": _max_forward,
     "max_backward": _max_backward,
     "max_backward_cells": _max_backward_cells,
-    "max_forward_strips": _max_forward_strips,
-    "max_backward_strips": _max_backward_strips,
     "adaptive_avg_forward": _adaptive_forward,
     "adaptive_avg_backward": _adaptive_backward,
     "across_columns": _norm,
