@@ -87,7 +87,7 @@ def choose_strips(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: G
     found = []
     for tile in (strip_tile(problem, dtype, gpu, long, wide) for wide in wides for long in longs):
         moved = _moved(problem, pass_, dtype, tile.strips((lines, columns)))
-        busy = _busy_us(problem, pass_, gpu, tile)
+        busy = _busy_us(problem, pass_, dtype, gpu, tile)
         found.append((max(dram, busy, 1e6 * moved / gpu.l2), max(moved, FEW * least), busy, tile))
     limit = EQUAL * min(time for time, *_ in found)
     return min((each for each in found if each[0] <= limit), key=lambda each: each[1:3])[-1]
@@ -112,14 +112,20 @@ def _moved(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, strips: Pair)
     return problem.N * problem.C * (rows * columns * size + once)
 
 
-def _busy_us(problem: Pool2dProblem, pass_: str, gpu: GPU, tile: StripTile) -> float:
+def _busy_us(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU, tile: StripTile) -> float:
     """What schedulers take to issue the steps of their warps; copies run ahead of them."""
-    (r, s), (down, _) = problem.kernel, problem.stride
-    operations = (s - 1) * down + r - 1 if pass_ == "forward" else problem.taps
-    extents = (problem.P, problem.Q) if pass_ == "forward" else cells(problem)
+    (r, s), (down, across) = problem.kernel, problem.stride
+    if pass_ == "forward":
+        extents, operations = (problem.P, problem.Q), (s - 1) * down + r - 1
+        copied = down * ((tile.wide - 1) * across + s) * dtype.itemsize
+    else:
+        extents, operations = cells(problem), problem.taps
+        copied = (tile.wide + _shared(problem)[1]) * (dtype.itemsize + 1)
+    shared = (STAGES - 1) * copied * tile.rows * tile.cols
+    filled = min(1.0, cost.occupancy(255, shared, tile.num_warps, gpu) / (4 * WARPS_TO_FILL))
     lanes = problem.N * math.prod(tile.strips(extents))
     warps = -(-lanes // tile.rows) * -(-problem.C // tile.cols) * tile.num_warps
     each = tile.rows * tile.cols // (32 * tile.num_warps)
     step = STEP_INSTRUCTIONS + INSTRUCTIONS[pass_] * operations * each * tile.wide
-    cycles = cost.FILL_CYCLES + (tile.long + 1) * step * max(WARPS_TO_FILL, -(-warps // (4 * gpu.sms)))
-    return 1e6 * cycles / gpu.clock
+    turns = max(WARPS_TO_FILL, -(-warps // (4 * gpu.sms)) / filled) if filled else math.inf
+    return 1e6 * (cost.FILL_CYCLES + (tile.long + 1) * step * turns) / gpu.clock
