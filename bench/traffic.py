@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from . import traffic_layers
-from .traffic_base import Arguments, Traffic, adaptive_pairs
+from .traffic_base import Arguments, Traffic, adaptive_pairs, windows_once
 from .traffic_base import cdiv as _cdiv
 from .traffic_base import clip as _clip
 from .traffic_base import itemsize as _itemsize
@@ -375,10 +375,7 @@ def _max_backward_cells(a: Arguments) -> Traffic:
         for cells, outputs, window, stride in (
             (a["CELLS_H"], a["P"], a["R"], a["STRIDE_H"]), (a["CELLS_W"], a["Q"], a["S"], a["STRIDE_W"]))
     )  # fmt: skip
-    images = a["dx"].shape[0] * a["dx"].shape[1]
-    size = _itemsize(a["dy"]) + _itemsize(a["switch"]) + (_itemsize(a["y"]) if a["MASK"] else 0)
-    written = images * a["H"] * a["W"] * _itemsize(a["dx"])
-    return Traffic(images * windows * size, written, images * a["P"] * a["Q"] * size + written)
+    return windows_once(a, windows)
 
 
 def _window(a: Arguments, image: Any) -> tuple[int, int, int]:

@@ -57,3 +57,11 @@ def adaptive_pairs(a: Arguments) -> int:
         for extent, outputs in ((a["H"], a["P"]), (a["W"], a["Q"]))
     )
     return int(rows * columns)
+
+
+def windows_once(a: Arguments, loaded: int) -> Traffic:
+    """A max-pool's backward: of `loaded` windows of a plane what each holds, and every pixel's gradient."""
+    planes = a["dx"].shape[0] * a["dx"].shape[1]
+    size = itemsize(a["dy"]) + itemsize(a["switch"]) + (itemsize(a["y"]) if a["MASK"] else 0)
+    written = planes * a["H"] * a["W"] * itemsize(a["dx"])
+    return Traffic(planes * loaded * size, written, planes * a["P"] * a["Q"] * size + written)

@@ -1,10 +1,10 @@
-"""The bytes of the kernels beside convolution, pools and pointwise ones: by module and name, for some share names."""
+"""The bytes of kernels beside convolution, most pools and pointwise ones: by module and name, for some share names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from .traffic_base import Arguments, Traffic, adaptive_pairs, cdiv, itemsize, pairs, touched
+from .traffic_base import Arguments, Traffic, adaptive_pairs, cdiv, clip, itemsize, pairs, touched, windows_once
 
 Axis = tuple[int, int, int, int, int, int]  # outputs, taps, stride, padding, dilation, extent
 
@@ -43,6 +43,29 @@ def _average_backward(a: Arguments) -> Traffic:
     values = planes * a["H"] * a["W"] * size if a["NORM"] is not None else 0
     least = operands * planes * a["P"] * a["Q"] * size + values + written
     return Traffic(operands * planes * loads * size + values, written, least)
+
+
+def _max_forward_strips(a: Arguments) -> Traffic:
+    """Every pixel under a strip of outputs once; what lies beyond the last window belongs to no strip."""
+    loaded = 1
+    for strip, (outputs, window, stride, pad, _, extent) in zip((a["LONG"], a["WIDE"]), _axes(a), strict=True):
+        end = min(extent, (outputs - 1) * stride - pad + window)
+        starts = range(-pad, outputs * stride - pad, strip * stride)
+        loaded *= sum(clip(start, (strip - 1) * stride + window, end) for start in starts)
+    planes, size = _planes(a["x"]), itemsize(a["x"])
+    written = planes * a["P"] * a["Q"] * (itemsize(a["y"]) + (itemsize(a["switch"]) if a["HAS_SWITCH"] else 0))
+    return Traffic(planes * loaded * size, written, planes * _met(a)[1] * size + written)
+
+
+def _max_backward_strips(a: Arguments) -> Traffic:
+    """The windows over each strip of cells, each loaded once for the strip."""
+    windows = 1
+    for strips, strip, (outputs, window, stride, *_) in zip(
+        (a["STRIPS_H"], a["STRIPS_W"]), (a["LONG"], a["WIDE"]), _axes(a), strict=True
+    ):
+        before = (window - 1) // stride
+        windows *= sum(clip(first - before, strip + before, outputs) for first in range(0, strips * strip, strip))
+    return windows_once(a, windows)
 
 
 def _adaptive_max_forward(a: Arguments) -> Traffic:
@@ -240,6 +263,8 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "selection.unpool_forward": _unpool,
     "selection.unpool_backward": _unpool_backward,
     "pool.switch_to_index": _switch_to_index,
+    "pool_strips.max_forward_strips": _max_forward_strips,
+    "pool_strips.max_backward_strips": _max_backward_strips,
     "unfold.unfold": _unfold,
     "unfold.fold": _fold,
     "softmax.softmax_forward": _softmax_forward,

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tileconv.kernels as tk
-from tileconv.kernels import reference
+from tileconv.kernels import hardware, reference, strip_tiles
+from tileconv.kernels.geometry import Pool2dProblem
+from tileconv.kernels.launch import pool
+from tileconv.kernels.strip_tiles import StripTile
 
 CHANNELS_LAST = torch.channels_last
 WINDOWS: dict[str, tuple[Any, ...]] = {
@@ -62,7 +65,7 @@ def test_max_pool_is_torchs(window: tuple[Any, ...], memory_format: torch.memory
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @MEMORY_FORMATS
 def test_nan_and_infinity(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    x = torch.randn(2, 3, 8, 9).to(dtype)
+    x = torch.randn(2, 8, 8, 9).to(dtype)  # whole 16 bytes of channels: on a GPU in strips
     x[0, 0, 2:4, 2:4] = float("nan")
     x[0, 1] = float("-inf")
     x[1, 2, ::3, ::2] = float("inf")
@@ -94,7 +97,7 @@ def test_what_backward_keeps_is_one_byte_an_output() -> None:
 
 @MEMORY_FORMATS
 def test_relu_and_max_pool_in_one(memory_format: torch.memory_format) -> None:
-    x = torch.randn(2, 6, 9, 9).contiguous(memory_format=memory_format) - 0.7
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=memory_format) - 0.7
     pool = lambda x: (tk.max_pool2d(x, 3, 2, activation="relu"), None)  # noqa: E731
     y, _, dx, dy = pool_and_grad(pool, x)
     leaf = x.double().requires_grad_()
@@ -103,6 +106,107 @@ def test_relu_and_max_pool_in_one(memory_format: torch.memory_format) -> None:
     assert (y == 0).any()
     exact = torch.autograd.grad(want, leaf, dy.double())[0]
     assert reference.error(dx, exact) <= 1e-6 * exact.abs().max().item()
+
+
+# Windows that overlap, with (long, wide of outputs, wide of cells): strips end inside the image, at or beyond its edge.
+STRIPS: dict[str, tuple[Pool2dProblem, torch.dtype, tuple[int, int, int]]] = {
+    "fp16": (Pool2dProblem(2, 8, 13, 7, (3, 3), (2, 2)), torch.float16, (2, 4, 3)),
+    "bf16, padded": (Pool2dProblem(1, 24, 9, 8, (3, 3), (2, 2), (1, 1)), torch.bfloat16, (3, 2, 5)),
+    "fp32, ceil": (Pool2dProblem(1, 4, 8, 10, (3, 3), (2, 2), ceil_mode=True), torch.float32, (5, 2, 1)),
+    "stride 1": (Pool2dProblem(1, 8, 5, 6, (2, 2), (1, 1), (1, 1)), torch.float16, (4, 6, 3)),
+    "rows alone": (Pool2dProblem(1, 8, 9, 9, (3, 2), (2, 2), (0, 1)), torch.float16, (2, 2, 4)),
+    "uneven": (Pool2dProblem(1, 4, 7, 9, (4, 3), (2, 2), (2, 1)), torch.float32, (3, 4, 3)),
+}
+
+
+def odd_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Ties, both zeros, NaN, infinities, and an image channel of -inf alone, channels_last."""
+    x, chance = torch.randint(-2, 3, shape).to(dtype), torch.rand(shape)
+    for value, low, high in ((float("nan"), 0.0, 0.1), (float("-inf"), 0.1, 0.4), (-0.0, 0.4, 0.5), (1e30, 0.9, 1.0)):
+        x[(chance >= low) & (chance < high)] = value
+    x[0, 0] = float("-inf")
+    return x.to(memory_format=CHANNELS_LAST)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, 99 if dtype == torch.uint8 else float("nan"), dtype=dtype).to(memory_format=CHANNELS_LAST)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.contiguous().view(whole), b.contiguous().view(whole))
+
+
+@pytest.mark.skipif(not hardware.interpreting(), reason="pins tiles of Triton's interpreter")
+@pytest.mark.parametrize("masked", [False, True], ids=["", "relu"])
+@pytest.mark.parametrize(("problem", "dtype", "size"), STRIPS.values(), ids=STRIPS)
+def test_strips_give_the_same_bits(
+    problem: Pool2dProblem, dtype: torch.dtype, size: tuple[int, int, int], masked: bool
+) -> None:
+    gpu, activation = hardware.INTERPRETER, "relu" if masked else None
+    x = odd_values(problem.x_shape, dtype)
+    dy = torch.randn(problem.y_shape).to(dtype).to(memory_format=CHANNELS_LAST)
+    found = []
+    for pinned in (False, True):
+        tile, cells = (strip_tiles.strip_tile(problem, dtype, gpu, size[0], wide) if pinned else None
+                       for wide in size[1:])  # fmt: skip
+        y, switch, dx = (poisoned(problem.y_shape, dtype), poisoned(problem.y_shape, torch.uint8),
+                         poisoned(problem.x_shape, dtype))  # fmt: skip
+        forward = pool.plan_max_forward(problem, x, y, switch, gpu=gpu, activation=activation, strips=tile)
+        forward.run()
+        backward = pool.plan_max_backward(problem, dy, switch, y if masked else None, dx, gpu=gpu, strips=cells)
+        backward.run()
+        assert forward.kernel.__name__.endswith("_strips") == backward.kernel.__name__.endswith("_strips") == pinned
+        found.append((y, switch, dx))
+    for ours, plain in zip(found[1], found[0], strict=True):
+        assert same_bits(ours, plain)
+    want, _ = reference.max_pool2d(x, problem.kernel, problem.stride, problem.padding, 1, problem.ceil_mode)
+    y = found[1][0].double()
+    assert torch.equal(y.isnan(), want.isnan())
+    assert torch.equal(y.nan_to_num(), (want.relu() if masked else want).nan_to_num())
+
+
+def test_strips_without_switches_and_where_they_do_not_suit() -> None:
+    problem, dtype, (long, wide, _) = STRIPS["fp16"]
+    x, y, gpu = odd_values(problem.x_shape, dtype), poisoned(problem.y_shape, dtype), hardware.INTERPRETER
+    tile = strip_tiles.strip_tile(problem, dtype, gpu, long, wide)
+    if hardware.interpreting():
+        pool.plan_max_forward(problem, x, y, None, gpu=gpu, strips=tile).run()
+        want = F.max_pool2d(x.float().nan_to_num(torch.inf), problem.kernel, problem.stride)
+        assert torch.equal(y.float().nan_to_num(torch.inf), want)
+    for image in (x.contiguous(), x[:, :4]):
+        with pytest.raises(ValueError, match=r"strips=.*whole 16 bytes of channels"):
+            pool.plan_max_forward(
+                Pool2dProblem(2, image.shape[1], 13, 7, (3, 3), (2, 2)), image, y, None, gpu=gpu, strips=tile
+            )
+
+
+@pytest.mark.parametrize(
+    ("window", "strips"),
+    [(((3, 3), (2, 2)), True), (((2, 2), (1, 1)), True), (((4, 4), (2, 2)), True), (((2, 2), (2, 2)), False),
+     (((3, 3), (1, 1)), False), (((2, 2), (3, 3)), False), (((3, 3), (2, 2), (0, 0), (2, 2)), False)],
+    ids=["3x3/2", "2x2/1", "4x4/2", "no overlap", "two neighbours overlap", "gaps", "dilated"],
+)  # fmt: skip
+def test_strips_are_for_windows_that_overlap_with_their_neighbours(window: tuple[Any, ...], strips: bool) -> None:
+    problem = Pool2dProblem(8, 64, 28, 28, *window)
+    for pass_ in ("forward", "backward"):
+        tile = strip_tiles.choose_strips(problem, pass_, torch.float16, hardware.GPUS["H100"])
+        assert isinstance(tile, StripTile) == strips
+        assert strip_tiles.choose_strips(problem, pass_, torch.float16, hardware.INTERPRETER) is None
+
+
+def test_few_images_are_cut_into_short_strips() -> None:
+    gpu = hardware.GPUS["H100"]
+    strips = {}
+    for batch in (1, 128):
+        problem = Pool2dProblem(batch, 64, 55, 55, (3, 3), (2, 2))
+        for pass_ in ("forward", "backward"):
+            tile = strip_tiles.choose_strips(problem, pass_, torch.float16, gpu)
+            assert tile is not None
+            down, across = tile.strips((problem.P, problem.Q))
+            strips[batch, pass_] = down * across
+            assert batch * down * across * 64 // (tile.rows * tile.cols) >= gpu.sms // 2
+    assert all(strips[1, pass_] > 4 * strips[128, pass_] for pass_ in ("forward", "backward"))
 
 
 def test_sliced_input_and_expanded_gradient() -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import triton
 
-from tileconv.kernels import tiles
-from tileconv.kernels.device import average, selection
+from tileconv.kernels import strip_tiles, tiles
+from tileconv.kernels.device import average, pool_strips, selection
 from tileconv.kernels.device import pool as device
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch, accumulator, index_type, strides
+from tileconv.kernels.strip_tiles import StripTile
 
 
 def switch_dtype(problem: Pool2dProblem | AdaptivePool2dProblem) -> torch.dtype:
@@ -24,14 +25,20 @@ def switch_dtype(problem: Pool2dProblem | AdaptivePool2dProblem) -> torch.dtype:
 
 def plan_max_forward(
     problem: Pool2dProblem, x: torch.Tensor, y: torch.Tensor, switch: torch.Tensor | None, *, gpu: GPU,
-    activation: str | None = None,
+    activation: str | None = None, strips: StripTile | None = None,
 ) -> Launch:  # fmt: skip
-    """The launch that writes y and, if given, switch (laid out like y) from x; activation "relu" cuts y at zero."""
+    """The launch that writes y and, if given, switch (laid out like y) from x; activation "relu" cuts y at zero.
+
+    `strips` pins the tile of a pool in strips; ValueError where it has none.
+    """
     arguments = {
         "x": x, "y": y, "switch": switch, **_extents(problem), **strides("x", x, "nchw"), **strides("y", y, "ncpq"),
         **_window(problem), "HAS_SWITCH": switch is not None, "ACTIVATION": activation,
-        "UNROLL": problem.taps <= 25 and not gpu.interprets,
     }  # fmt: skip
+    if tile := _strips(problem, "forward", gpu, [x, y], strips):
+        arguments["OUTSIDE"] = -math.inf if problem.partial else 0.0
+        return _in_strips(pool_strips.max_forward_strips, arguments, tile, (problem.P, problem.Q), [x, y])
+    arguments["UNROLL"] = problem.taps <= 25 and not gpu.interprets
     return _tiled(device.max_forward, arguments, y, problem.y_shape, gpu, [x, y])
 
 
@@ -53,20 +60,23 @@ def plan_max_backward(
     dx: torch.Tensor,
     *,
     gpu: GPU,
+    strips: StripTile | None = None,
 ) -> Launch:
-    """The launch that writes dx from dy; with y (laid out like switch), only windows with y > 0 pass a gradient on."""
+    """The launch that writes dx from dy; with y (laid out like switch), only windows with y > 0 pass a gradient on.
+
+    `strips` as in plan_max_forward.
+    """
     arguments = {
         "dy": dy, "switch": switch, "y": y, "dx": dx, **_extents(problem), **strides("g", dy, "ncpq"),
         **strides("y", switch, "ncpq"), **strides("x", dx, "nchw"), **_window(problem),
         "MASK": y is not None, "ACC": accumulator(dx.dtype),
     }  # fmt: skip
+    cells = strip_tiles.cells(problem)
+    if tile := _strips(problem, "backward", gpu, [dy, switch, dx], strips):
+        return _in_strips(pool_strips.max_backward_strips, arguments, tile, cells, [dx, dy])
     # Windows and pixels are unrolled, and NCHW would store every STRIDE_W-th element.
     if problem.dilation != (1, 1) or max(problem.taps, math.prod(problem.stride)) > 25 or not _channels_inner(dx):
         return _tiled(device.max_backward, arguments, dx, problem.x_shape, gpu, [dx, dy])
-    cells = tuple(
-        -(-(extent + pad) // stride)
-        for extent, pad, stride in zip(problem.x_shape[2:], problem.padding, problem.stride, strict=True)
-    )
     del arguments["DIL_H"], arguments["DIL_W"]
     arguments |= {"CELLS_H": cells[0], "CELLS_W": cells[1]}
     shape = (problem.N, problem.C, *cells)
@@ -210,6 +220,36 @@ def _window(problem: Pool2dProblem) -> dict[str, Any]:
 
 def _channels_inner(image: torch.Tensor) -> bool:
     return image.shape[1] > 1 and image.stride(1) == 1
+
+
+def _strips(
+    problem: Pool2dProblem, pass_: str, gpu: GPU, images: list[torch.Tensor], pinned: StripTile | None
+) -> StripTile | None:
+    """The strips of a pool whose images all have their channels side by side, in whole 16 bytes; else None."""
+    dtype = images[0].dtype
+    fits = all(_channels_inner(image) for image in images) and problem.C * dtype.itemsize % 16 == 0
+    if pinned is None:
+        return strip_tiles.choose_strips(problem, pass_, dtype, gpu) if fits else None
+    if not fits or not strip_tiles.has_strips(problem, dtype):
+        raise ValueError(
+            f"strips={pinned} do not suit {problem} of {dtype}: windows must overlap with their next neighbours alone, "
+            "and images must be channels_last with whole 16 bytes of channels"
+        )
+    return pinned
+
+
+def _in_strips(
+    kernel: Any, arguments: dict[str, Any], tile: StripTile, extents: tuple[int, int], images: list[torch.Tensor]
+) -> Launch:
+    down, across = tile.strips(extents)
+    height = images[0].shape[0] * down * across
+    del arguments["DIL_H"], arguments["DIL_W"]
+    arguments |= {
+        "HEIGHT": height, "STRIPS_H": down, "STRIPS_W": across, "INDEX": index_type(*images), "ROWS": tile.rows,
+        "COLS": tile.cols, "LONG": tile.long, "WIDE": tile.wide, "STAGES": strip_tiles.STAGES,
+    }  # fmt: skip
+    programs = triton.cdiv(height, tile.rows) * triton.cdiv(images[0].shape[1], tile.cols)
+    return Launch(kernel, (programs,), arguments, tile.num_warps, strip_tiles.STAGES, str(tile))
 
 
 def _tiled(
