@@ -44,6 +44,7 @@ CASES = [
     Case("first layer", (2, 3, 19, 17), (16, 3, 7, 7), {"stride": 4, "padding": 2}),
     Case("first layer of odd stride", (2, 4, 9, 13), (8, 4, 4, 3), {"stride": (3, 2), "padding": (1, 0)}),
     Case("channels just beyond a tile", (1, 17, 4, 4), (33, 17, 3, 3), {"padding": 1}, ("gather",)),
+    Case("more taps than bits", (1, 17, 31, 2), (8, 17, 30, 2), {"padding": 1}, ("gather",)),
     Case("one pixel, batch 1", (1, 16, 1, 1), (8, 16, 3, 3), {"padding": 1}),
 ]  # fmt: skip
 RUNS = [pytest.param(case, formulation, id=f"{case.name}-{formulation}")

@@ -339,6 +339,15 @@ def fprop_finish(
     )  # fmt: skip
 
 
+@triton.jit
+def _taps_beyond(first, extent, TAPS: tl.constexpr, DILATION: tl.constexpr):
+    # Bit t is set where tap t, which reads first + t * DILATION, lies outside [0, extent).
+    # cdiv rounds towards zero for negatives; the maximum makes that harmless.
+    lo = tl.minimum(tl.maximum(tl.cdiv(-first, DILATION), 0), TAPS)
+    hi = tl.minimum(tl.maximum(tl.cdiv(extent - first, DILATION), 0), TAPS)
+    return ((1 << TAPS) - 1) ^ ((1 << hi) - (1 << lo))
+
+
 # GEMM_M: filters of one group.  GEMM_N: flat output pixels (n, p, q).  GEMM_K: (r, s, c).
 # Pointers and masks: for GPUs without tensor descriptors and for row pitches that they cannot address.
 @triton.jit
@@ -352,7 +361,6 @@ def fprop_gather(
     W,
     P,
     Q,
-    K,  # filters of one group
     stride_xn,
     stride_xh,
     stride_xw,
@@ -369,6 +377,7 @@ def fprop_gather(
     pad_h,
     pad_w,
     C: tl.constexpr,  # channels of one group; constant, so that offsets fold and wide loads are proven aligned
+    K: tl.constexpr,  # filters of one group
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -435,16 +444,30 @@ def fprop_gather(
     else:
         x_ptrs = x_rows[:, None] + d.to(INDEX)[None, :] * stride_xc
         w_ptrs = w_rows[:, None] + d.to(INDEX)[None, :] * stride_wc
+        # Worked out once: in the loop one test of bits takes the place of two sums and four comparisons a pixel.
+        IN_BITS: tl.constexpr = R + S < 32
+        if IN_BITS:
+            beyond = tl.where(inside_y, _taps_beyond(h0, H, R, DIL_H) | (_taps_beyond(w0, W, S, DIL_W) << R), -1)
+        # What holds for all is left out: every conjunct of a mask is an instruction or two a load.
+        rows_w = tl.full((BLOCK_K, BLOCK_C), True, tl.int1)
+        if K % BLOCK_K != 0:
+            rows_w = tl.broadcast_to(inside_k[:, None], (BLOCK_K, BLOCK_C))
         c, s, r = 0, 0, 0
         for _ in tl.range(0, R * S * tl.cdiv(C, BLOCK_C)):
-            h = h0 + r * DIL_H
-            v = w0 + s * DIL_W
-            inside = inside_y & (h >= 0) & (h < H) & (v >= 0) & (v < W)
-            inside_c = d < C - c
+            if IN_BITS:
+                inside = (beyond & ((1 << r) | ((1 << R) << s))) == 0
+            else:
+                h = h0 + r * DIL_H
+                v = w0 + s * DIL_W
+                inside = inside_y & (h >= 0) & (h < H) & (v >= 0) & (v < W)
             shift = tl.cast(r * DIL_H, INDEX) * stride_xh + tl.cast(s * DIL_W, INDEX) * stride_xw
             column = tl.cast(TAP_0 + r * TAP_R + s * TAP_S, INDEX) * stride_wt + tl.cast(c, INDEX) * stride_wc
             x_at, w_at = x_ptrs + (shift + tl.cast(c, INDEX) * stride_xc), w_ptrs + column
-            inside_x, inside_w = inside[:, None] & inside_c[None, :], inside_k[:, None] & inside_c[None, :]
+            inside_x = tl.broadcast_to(inside[:, None], (PIXELS, BLOCK_C))
+            inside_w = rows_w
+            if C % BLOCK_C != 0:
+                inside_c = d < C - c
+                inside_x, inside_w = inside_x & inside_c[None, :], inside_w & inside_c[None, :]
             if PARTS == 1:
                 pixels = tl.load(x_at, mask=inside_x, other=0.0)
                 filters = tl.load(w_at, mask=inside_w, other=0.0)
