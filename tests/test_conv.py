@@ -228,6 +228,17 @@ def test_filter_gradients_of_two_taps_and_more_filters(stride: int, tile: dict[s
     assert reference.error(dw, exact) <= 1e-5 * exact.abs().max().item()
 
 
+@pytest.mark.parametrize("precision", ["ieee", "bf16x6"])
+@pytest.mark.parametrize("batch", [32, 20], ids=["steps of whole images", "steps across images"])
+def test_filter_gradients_by_pointers(batch: int, precision: str) -> None:
+    x, dy = (torch.randn(batch, channels, *size) for channels, size in ((10, (5, 6)), (18, (3, 4))))
+    tile = {"formulation": "gather", "box": (16, 1, 1), "block_k": 16, "block_c": 32, "splits": 3}
+    with tiles.override(**tile):
+        dw = OPS.conv2d_wgrad(dy, x, (18, 5, 3, 2), (2, 1), (1, 1, 0, 0), (1, 2), 2, precision)
+    exact = reference.conv2d_wgrad(x, dy, (18, 5, 3, 2), (2, 1), ((1, 1), (0, 0)), (1, 2), 2)
+    assert reference.error(dw, exact) <= 1e-5 * exact.abs().max().item()
+
+
 LAYOUTS = {
     "contiguous": lambda t: t.contiguous(),
     "channels_last": lambda t: t.contiguous(memory_format=CHANNELS_LAST),

@@ -664,7 +664,29 @@ def _store_filters(dw, acc, k0, K, c, C, tap, TAPS_ALL: tl.constexpr, ROWS: tl.c
     tl.store(dw + (k.to(tl.int64) * TAPS_ALL + tap)[:, None] * C + c[None, :], acc.to(dw.dtype.element_ty), mask=inside)
 
 
-# GEMM_M: filters of one group.  GEMM_N: (r, s, c) flattened.  GEMM_K: flat output pixels (n, p, q), split as above.
+@triton.jit
+def _below(i, extent):
+    # 0 <= i < extent, in one comparison.
+    return i.to(tl.uint32, bitcast=True) < tl.cast(extent, tl.uint32)
+
+
+@triton.jit
+def _add_gradients(
+    acc, grad_at, inside_y, y_part, patches, inside_x, x_part, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    # grad_at [filters, pixels] and patches [pixels, columns] point at one step's operands.
+    if PARTS == 1:
+        patch = tl.load(patches, mask=inside_x, other=0.0)
+        grad = tl.load(grad_at, mask=inside_y, other=0.0)
+        return tl.dot(grad, patch, acc, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        return acc + _dot_parts(grad_at, inside_y, y_part, patches.T, inside_x.T, x_part, PARTS, ACC)
+
+
+# GEMM_M: filters of one group.  GEMM_N: (r, s, c) flattened.  GEMM_K: output pixels, split as above.  A step takes one
+# output pixel of PIXELS images where those divide the batch: its taps are then the same for all rows of the step, and
+# so are its masks, where flat pixels (n, p, q) each take three divisions and masks of their own.
 @triton.jit
 def wgrad_gather(
     x,  # pointer, any strides
@@ -673,7 +695,6 @@ def wgrad_gather(
     N,
     H,
     W,
-    K,  # filters of one group
     stride_xn,
     stride_xh,
     stride_xw,
@@ -687,6 +708,7 @@ def wgrad_gather(
     P: tl.constexpr,  # constants, because every pixel is divided by them
     Q: tl.constexpr,
     C: tl.constexpr,  # channels of one group
+    K: tl.constexpr,  # filters of one group
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -699,6 +721,7 @@ def wgrad_gather(
     PARTS: tl.constexpr,  # of x and dy, GROUPS * C and GROUPS * K channels apart
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
+    IMAGES: tl.constexpr,  # whether PIXELS divides N
     PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -720,30 +743,56 @@ def wgrad_gather(
     grads = dy + (g * K + k).to(INDEX)[:, None] * stride_yk
     inside_d = d < R * S * C
     inside_k = k < K
+    # What holds for all is left out of the loop's masks.
+    columns_x = tl.full((PIXELS, BLOCK_C), True, tl.int1)
+    if (R * S * C) % BLOCK_C != 0:
+        columns_x = tl.broadcast_to(inside_d[None, :], (PIXELS, BLOCK_C))
+    rows_y = tl.full((BLOCK_K, PIXELS), True, tl.int1)
+    if K % BLOCK_K != 0:
+        rows_y = tl.broadcast_to(inside_k[:, None], (BLOCK_K, PIXELS))
+    x_part, y_part = GROUPS * C * stride_xc, GROUPS * K * stride_yk
     steps = tl.cdiv(N * P * Q, PIXELS)
     share = tl.cdiv(steps, SPLITS)
+    begin = split * share
+    end = tl.minimum(begin + share, steps)
     acc = tl.zeros((BLOCK_K, BLOCK_C), ACC)
-    for step in tl.range(split * share, tl.minimum(split * share + share, steps)):
-        i = tl.cast(step, INDEX) * PIXELS + tl.arange(0, PIXELS)
-        q = (i % Q).to(tl.int32)
-        p = (i // Q % P).to(tl.int32)
-        n = i // Q // P
-        h = (p * STRIDE_H)[:, None] + h_tap[None, :]
-        w = (q * STRIDE_W)[:, None] + w_tap[None, :]
-        inside = (n < N)[:, None] & inside_d[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        pixel = n * stride_xn + (p * STRIDE_H).to(INDEX) * stride_xh + (q * STRIDE_W).to(INDEX) * stride_xw
-        patches = x + pixel[:, None] + column[None, :]
-        pixel_y = n * stride_yn + p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
-        inside_y = inside_k[:, None] & (n < N)[None, :]
-        # Read as it is multiplied: turned afterwards, Triton fetches it through registers on sm_80.
-        grad_at = grads + pixel_y[None, :]
-        if PARTS == 1:
-            patch = tl.load(patches, mask=inside, other=0.0)
-            grad = tl.load(grad_at, mask=inside_y, other=0.0)
-            acc = tl.dot(grad, patch, acc, input_precision=PRECISION, out_dtype=ACC)
-        else:
-            x_part, y_part = GROUPS * C * stride_xc, GROUPS * K * stride_yk
-            acc += _dot_parts(grad_at, inside_y, y_part, patches.T, inside.T, x_part, PARTS, ACC)
+    if IMAGES:
+        image = tl.arange(0, PIXELS).to(INDEX)
+        patches = x + (image * stride_xn)[:, None] + column[None, :]
+        grads += (image * stride_yn)[None, :]
+        q, p, n = begin % Q, begin // Q % P, begin // (P * Q) * PIXELS
+        for _ in tl.range(begin, end):
+            h, w = p * STRIDE_H, q * STRIDE_W
+            inside = _below(h + h_tap, H) & _below(w + w_tap, W)
+            at = tl.cast(n, INDEX) * stride_xn + tl.cast(h, INDEX) * stride_xh + tl.cast(w, INDEX) * stride_xw
+            at_y = tl.cast(n, INDEX) * stride_yn + tl.cast(p, INDEX) * stride_yp + tl.cast(q, INDEX) * stride_yq
+            acc = _add_gradients(
+                acc, grads + at_y, rows_y, y_part, patches + at, columns_x & inside[None, :], x_part,
+                PRECISION, PARTS, ACC,
+            )  # fmt: skip
+            q += 1
+            wrap = q == Q
+            q = tl.where(wrap, 0, q)
+            p = tl.where(wrap, p + 1, p)
+            wrap = p == P
+            p = tl.where(wrap, 0, p)
+            n = tl.where(wrap, n + PIXELS, n)
+    else:
+        for step in tl.range(begin, end):
+            i = tl.cast(step, INDEX) * PIXELS + tl.arange(0, PIXELS)
+            q = (i % Q).to(tl.int32)
+            p = (i // Q % P).to(tl.int32)
+            n = i // Q // P
+            inside = (n < N)[:, None] & _below((p * STRIDE_H)[:, None] + h_tap[None, :], H)
+            inside = inside & _below((q * STRIDE_W)[:, None] + w_tap[None, :], W)
+            pixel = n * stride_xn + (p * STRIDE_H).to(INDEX) * stride_xh + (q * STRIDE_W).to(INDEX) * stride_xw
+            patches = x + pixel[:, None] + column[None, :]
+            pixel_y = n * stride_yn + p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
+            # Read as it is multiplied: turned afterwards, Triton fetches it through registers on sm_80.
+            acc = _add_gradients(
+                acc, grads + pixel_y[None, :], rows_y & (n < N)[None, :], y_part, patches, columns_x & inside, x_part,
+                PRECISION, PARTS, ACC,
+            )  # fmt: skip
     rows = ((split * GROUPS + g).to(tl.int64) * K + k) * (R * S * C)
     inside = inside_k[:, None] & inside_d[None, :]
     tl.store(dw + rows[:, None] + d[None, :], acc.to(dw.dtype.element_ty), mask=inside)

@@ -171,7 +171,8 @@ def plan_wgrad(
         columns *= problem.taps
         arguments |= {
             "x": x, "dy": dy, **strides("x", x, "nchw"), **strides("y", dy, "nkpq"), "STRIDE_H": problem.stride[0],
-            "STRIDE_W": problem.stride[1], "INDEX": index_type(x, dy), "PIXELS": tile.pixels,
+            "STRIDE_W": problem.stride[1], "INDEX": index_type(x, dy), "IMAGES": problem.N % tile.pixels == 0,
+            "PIXELS": tile.pixels,
         }  # fmt: skip
     else:
         kernel = device.wgrad_box
