@@ -340,6 +340,13 @@ def fprop_finish(
 
 
 @triton.jit
+def _multiples(a, b, c, UNIT: tl.constexpr):
+    # The same strides, known to the compiler as multiples of UNIT.  Triton itself tells it those of 16: without this it
+    # moves the channels of pixels that lie 72 apart one by one.
+    return a // UNIT * UNIT, b // UNIT * UNIT, c // UNIT * UNIT
+
+
+@triton.jit
 def _taps_beyond(first, extent, TAPS: tl.constexpr, DILATION: tl.constexpr):
     # Bit t is set where tap t, which reads first + t * DILATION, lies outside [0, extent).
     # cdiv rounds towards zero for negatives; the maximum makes that harmless.
@@ -391,6 +398,10 @@ def fprop_gather(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FLAT: tl.constexpr,  # depth is (r, s, c) flattened: few channels would leave a block of c mostly empty
+    TRANSPOSED: tl.constexpr,  # stride_wk is 1, else stride_wc
+    UNIT_X: tl.constexpr,  # a power of two that divides the strides of x but its channels'
+    UNIT_W: tl.constexpr,  # the same for w, but the one that is 1
+    UNIT_Y: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,  # of x, GROUPS * C channels apart, and of w
     ACC: tl.constexpr,
@@ -400,6 +411,13 @@ def fprop_gather(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    stride_xn, stride_xh, stride_xw = _multiples(stride_xn, stride_xh, stride_xw, UNIT_X)
+    stride_wg, stride_wt, stride_wp = _multiples(stride_wg, stride_wt, stride_wp, UNIT_W)
+    stride_yn, stride_yp, stride_yq = _multiples(stride_yn, stride_yp, stride_yq, UNIT_Y)
+    if TRANSPOSED:
+        stride_wc = stride_wc // UNIT_W * UNIT_W
+    else:
+        stride_wk = stride_wk // UNIT_W * UNIT_W
     t = tl.program_id(0)
     n_k = tl.cdiv(K, BLOCK_K)
     k0 = (t % n_k) * BLOCK_K
@@ -721,11 +739,15 @@ def wgrad_gather(
     PARTS: tl.constexpr,  # of x and dy, GROUPS * C and GROUPS * K channels apart
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
+    UNIT_X: tl.constexpr,  # a power of two that divides the strides of x but its channels'
+    UNIT_Y: tl.constexpr,
     IMAGES: tl.constexpr,  # whether PIXELS divides N
     PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    stride_xn, stride_xh, stride_xw = _multiples(stride_xn, stride_xh, stride_xw, UNIT_X)
+    stride_yn, stride_yp, stride_yq = _multiples(stride_yn, stride_yp, stride_yq, UNIT_Y)
     t = tl.program_id(0)
     n_k = tl.cdiv(K, BLOCK_K)
     n_d = tl.cdiv(R * S * C, BLOCK_C)
