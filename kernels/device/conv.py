@@ -470,8 +470,16 @@ def fprop_gather(
         rows_w = tl.full((BLOCK_K, BLOCK_C), True, tl.int1)
         if K % BLOCK_K != 0:
             rows_w = tl.broadcast_to(inside_k[:, None], (BLOCK_K, BLOCK_C))
+        # The maximum, with a number below it, hides a constant: LLVM would unroll 9 or 18 steps whole, and ptxas spill.
+        steps = tl.maximum(R * S * tl.cdiv(C, BLOCK_C), -N)
+        # The filters' offset is carried, as taps may lie backwards: c, s or r goes on, what is before it goes back.
+        column = tl.cast(TAP_0, INDEX) * stride_wt
+        next_c = tl.cast(BLOCK_C, INDEX) * stride_wc
+        back = next_c * (tl.cdiv(C, BLOCK_C) - 1)
+        next_s = tl.cast(TAP_S, INDEX) * stride_wt - back
+        next_r = tl.cast(TAP_R - (S - 1) * TAP_S, INDEX) * stride_wt - back
         c, s, r = 0, 0, 0
-        for _ in tl.range(0, R * S * tl.cdiv(C, BLOCK_C)):
+        for _ in tl.range(0, steps):
             if IN_BITS:
                 inside = (beyond & ((1 << r) | ((1 << R) << s))) == 0
             else:
@@ -479,7 +487,6 @@ def fprop_gather(
                 v = w0 + s * DIL_W
                 inside = inside_y & (h >= 0) & (h < H) & (v >= 0) & (v < W)
             shift = tl.cast(r * DIL_H, INDEX) * stride_xh + tl.cast(s * DIL_W, INDEX) * stride_xw
-            column = tl.cast(TAP_0 + r * TAP_R + s * TAP_S, INDEX) * stride_wt + tl.cast(c, INDEX) * stride_wc
             x_at, w_at = x_ptrs + (shift + tl.cast(c, INDEX) * stride_xc), w_ptrs + column
             inside_x = tl.broadcast_to(inside[:, None], (PIXELS, BLOCK_C))
             inside_w = rows_w
@@ -493,6 +500,7 @@ def fprop_gather(
             else:
                 acc += _dot_parts(w_at, inside_w, stride_wp, x_at, inside_x, x_part, PARTS, ACC)
             c, s, r = _next_tap(c, s, r, 0, S, C, BLOCK_C)
+            column += tl.where(c > 0, next_c, tl.where(s > 0, next_s, next_r))
     acc = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
     pixel_y = n * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
     rows = (g * K + k).to(tl.int64) * stride_yk
