@@ -563,8 +563,10 @@ def _gather_gradient_tiles(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU)
     depth = 64 // dtype.itemsize
     wide = problem.group_channels * dtype.itemsize % 16 == 0 and problem.group_filters * dtype.itemsize % 8 == 0
     if gpu.arch < 90 and wide and problem.N % depth == 0:  # steps of whole images: few registers go into addresses
-        sizes = [(32, 64, 4), (32, 128, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
+        sizes = [(32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
         found = [(pixels, *size) for pixels in (depth, 2 * depth) if problem.N % pixels == 0 for size in sizes]
+        if problem.N % (2 * depth) == 0:
+            found.append((2 * depth, 32, 128, 4))  # shorter steps of it spill for sm_89
         if dtype.itemsize == 2:
             found += [(depth, 128, 256, 8), (depth, 256, 128, 8)]
         return [ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, _gather_stages(gpu), flat=True)
