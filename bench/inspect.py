@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import cache
@@ -187,8 +187,9 @@ def inspect_case(case: Case, arch: str, override: dict[str, Any] | None = None) 
 
     # A gfx target gets the pointer kernels that the oldest GPU of the table gets: it has no tensor descriptors.
     gpu = gpu_of(arch)
+    planner = gpu or replace(gpu_of("sm_80"), shared_block=GFX942[1])
     with tiles.override(**{n: tuple(v) if isinstance(v, list) else v for n, v in (override or {}).items()}):
-        planned = launches(case, gpu or gpu_of("sm_80"))
+        planned = launches(case, planner)
         modelled = [NOTHING] * len(planned) if gpu is None else predictions(case, planned, gpu)
     multiplies = any(launch.kernel.__name__ in PRODUCTS for launch in planned)
     rows = []

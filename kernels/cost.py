@@ -161,8 +161,9 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
         shape = _runs_shape(problem, pass_, tile, item)
     else:
         shape = _wgrad_shape(problem, tile) if pass_ == "wgrad" else _fprop_shape(problem, tile)
-        shape = replace(shape, narrow=problem.group_channels * item % 16 != 0)
     products, read_type = fp32.products(precision), fp32.multiplied(dtype, precision)
+    if tile.formulation == "gather":
+        shape = replace(shape, fetch=_fetch(problem, pass_, tile, read_type))
     shape = replace(shape, steps=shape.steps * products)
     stage = shape.stage_bytes(read_type.itemsize)
     shared_tiles = 0 if tile.splits == 1 else shape.tiles if pass_ == "wgrad" or not tile.tail else tile.tail
@@ -174,7 +175,8 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
     if pass_ == "wgrad" and gpu.arch // 10 == 9 and precision == "tf32" and as_they_lie and not tile.flat:
         rate.alone = 2 * stage / 128 + LOAD_CYCLES / 4
     threads_need = registers(shape.rows, shape.columns, tile.num_warps, gpu)
-    resident = max(1, occupancy(threads_need, stage * tile.num_stages, tile.num_warps, gpu))
+    buffers = tile.num_stages - (gpu.arch < 90)  # one stage is in registers there
+    resident = max(1, occupancy(threads_need, stage * buffers, tile.num_warps, gpu))
     cycles = rate.phase(whole_tiles, shape.steps, whole, resident)
     shared_ctas = min(shared_tiles, shape.tiles) * tile.splits
     cycles += rate.phase(shared_ctas, shape.steps / tile.splits, partial, resident)
@@ -224,7 +226,7 @@ class _Shape:
     useful_columns: float
     fresh_bytes: float | None = None  # what a step's columns take from L2, where L1 holds the rest
     loads: float = 0.0  # loads of runs, for every element of the columns
-    narrow: bool = False  # pointers reach the operands' channels one by one
+    fetch: float = 0.0  # instructions that pointers take for 16 bytes of the operands
     inside: float = 1.0  # share of a box's channels that there are: the copy engine fetches no others
 
     def stage_bytes(self, itemsize: int) -> int:
@@ -345,6 +347,19 @@ def _warp_groups(shape: _Shape, tile: Tile) -> tuple[float, float]:
     return issued, lines
 
 
+def _fetch(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype) -> float:
+    """Instructions that a pointer kernel takes for 16 bytes, as compiled: the load, its address, its mask."""
+    elements = 16 // dtype.itemsize
+    narrow = problem.group_channels % elements != 0
+    if tile.flat and (narrow or pass_ != "wgrad"):
+        return 13 * elements
+    if narrow:
+        return 10 * elements  # one by one: 6 to 15 each, with 21 to 257 channels of fp16
+    if pass_ == "wgrad" and problem.N % tile.pixels:
+        return 22  # each pixel is divided by P and Q: 13 to 31
+    return 4
+
+
 class _Rates:
     """Cycles that one step takes on one SM, by what it uses."""
 
@@ -355,6 +370,7 @@ class _Rates:
         self.stage = shape.stage_bytes(dtype.itemsize)
         # Compiled loops of runs: 60 instructions and 11 for each load, which addresses and masks its pixels by itself.
         loads = 11 * shape.loads * shape.columns * shape.depth / (32 * tile.num_warps)
+        fetched = shape.fetch * self.stage / 16 / (32 * tile.num_warps)
         on_tensor_cores = dtype.itemsize == 2 or precision == "tf32"
         self.tensor = flops * gpu.clock * gpu.sms / gpu.peak(dtype, precision) / TENSOR_LOAD
         if gpu.arch >= 90 and on_tensor_cores:
@@ -363,10 +379,8 @@ class _Rates:
             # Compiled loops: 87 instructions and two for each product of a warp, 30 more for a second row of products,
             # 43 for half a box more.
             instructions = 87 + 2 * products + 30 * ((tile.block_k2 > 0) + (tile.taps > 1)) + 43 * tile.half
-            if tile.formulation == "gather":  # addresses and masks: of every element, or of 16 bytes at once
-                elements = (shape.rows + shape.columns) * shape.depth / (32 * tile.num_warps)
-                # Compiled, 21 to 257 channels of fp16 fetched one by one take 6 to 15 an element.
-                instructions = 60 + elements * (13 if tile.flat else 10 if shape.narrow else 2.5)
+            if tile.formulation == "gather":
+                instructions = 60 + fetched
             if tile.formulation == "runs":
                 instructions = 60 + 2 * products + loads
             self.shared = reads * shape.depth * dtype.itemsize / 128
@@ -374,7 +388,9 @@ class _Rates:
                 self.shared += self.stage / 128
         else:
             products = flops / 4096 / tile.num_warps if on_tensor_cores else flops / 64 / tile.num_warps
-            instructions = (115 + 1.44 * products) if on_tensor_cores else 1.3 * products
+            # Compiled for sm_80, 42 loops of fp16 lie within 14 % of this, and 4-byte operands read more for a product.
+            each = 1.05 if dtype.itemsize == 2 else 1.4
+            instructions = (62 + fetched + each * products) if on_tensor_cores else 1.3 * products
             if loads:
                 instructions = 30 + 1.5 * products + loads
             self.shared = 0.0

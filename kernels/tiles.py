@@ -377,7 +377,7 @@ def _time(
     if pass_ == "wgrad" and tile.formulation == "pixel" and cost.turned(problem, dtype, precision, gpu):
         us += cost.turn_us(problem, dtype, gpu)
     # Tensor cores of half the width (sm_86, sm_89) hide any tile's instructions and traffic; they cost power still.
-    return us if gpu.arch >= 90 else us + 0.1 * (predicted.issue_us + predicted.l2_us)
+    return us if gpu.arch >= 90 else us + 0.2 * (predicted.issue_us + predicted.l2_us)
 
 
 def candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> list[ConvTile]:
@@ -406,14 +406,16 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
     wgrad = pass_ == "wgrad"
     depth = problem.N * problem.P * problem.Q if wgrad else problem.taps * problem.group_channels
     least = -(-depth // fp32.LONGEST_SUM) if precision == "bf16x6" else 1
+    wide = addressable(problem, pass_, torch.bfloat16)
     found = []
     for tile in tiles:
         if tile.half and least > 1 and not wgrad:
             continue  # it shares no depth
         size = tile.rows * (tile.channels * tile.taps if wgrad else tile.pixels + tile.pixels // 2 * tile.half)
         if tile.formulation == "gather":  # a step's products have a sum of their own before they are added
-            if size <= (8192 if not wgrad else 4096 if addressable(problem, pass_, torch.bfloat16) else 2048):
-                found.append(replace(tile, num_warps=8) if size > 4096 else tile)
+            most = (4096 if wgrad else 8192) // (1 if wide else 2)
+            if size <= most and (tile.pixels if wgrad else tile.block_c) <= 32:  # steps of 64 spill
+                found.append(replace(tile, num_warps=8) if size > 4096 or wgrad or not wide else tile)
             continue
         if gpu.arch >= 100 and (size > 32_768 or tile.taps == 2):
             continue
@@ -606,28 +608,57 @@ def _splits(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[int]:
 
 
 def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
-    depth = 64 // dtype.itemsize
-    stages = 4 if gpu.shared_block > 120_000 else 3
     if pass_ == "wgrad":
-        tiles = [
-            ConvTile("gather", (pixels, 1, 1), block_k, block_c, 8, 3, flat=True)
-            for pixels, block_k, block_c in itertools.product((depth, 2 * depth), (32, 64, 128), (32, 64, 128))
-            if block_k * block_c * dtype.itemsize <= 32_768  # 128 x 128 of 4-byte elements spills
-            and (pixels == depth or min(block_k, block_c) == 128)
-        ]
+        tiles = _gather_gradient_tiles(problem, dtype, gpu)
         return [replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile, gpu)]
     if problem.group_channels < 16:
         # Two-byte loads and their addresses fill the registers: 64 filters and 8 warps are the most without spills.
         return [ConvTile("gather", (128, 1, 1), block_k, 32, 8, 2, flat=True) for block_k in (16, 32, 64)]
-    # Channels that do not come in 16 bytes are fetched one by one, those of fp16 through registers: with four warps
-    # 128 x 128 spills 2586 times and 128 x 64 161 times, with eight warps 128 x 64 never.
-    narrow = problem.group_channels * dtype.itemsize % 16 != 0
-    tiles = [
-        ConvTile("gather", (pixels, 1, 1), block_k, depth, 8 if narrow and pixels * block_k > 4096 else 4, stages)
-        for pixels, block_k in itertools.product((64, 128), (16, 32, 64, 128))
-    ]
+    # Channels that do not come in 16 bytes are fetched one by one, those of fp16 through registers; filters that do not
+    # come in 8 bytes are stored one by one: with four warps 128 x 128 spills 2586 times and 128 x 64 161 times, with
+    # eight warps 128 x 64 never.
+    narrow = problem.group_channels * dtype.itemsize % 16 != 0 or problem.group_filters * dtype.itemsize % 8 != 0
+    depth, stages = 64 // dtype.itemsize, _gather_stages(gpu)
     most = 8192 if dtype == torch.float32 or narrow else 16_384
-    return [tile for tile in tiles if tile.block_k * tile.pixels <= most]
+    found = [
+        (pixels, block_k, depth, 8 if narrow and pixels * block_k > 4096 else 4)
+        for pixels, block_k in itertools.product((64, 128), (16, 32, 64, 128))
+        if pixels * block_k <= most
+    ]
+    if gpu.arch < 90 and not narrow:
+        # Twice the depth has twice the products for a step's masks and offsets.  128 x 64 of it takes all registers of
+        # four warps, and so do 256 x 64 and 128 x 256: eight.
+        found += [(64, 16, 2 * depth, 4), (64, 32, 2 * depth, 4), (64, 64, 2 * depth, 4), (64, 128, 2 * depth, 4)]
+        found += [(128, 64, 2 * depth, 8), (128, 128, depth, 8), (128, 128, 2 * depth, 8)]
+        if dtype.itemsize == 2:
+            found += [(256, 64, depth, 8), (128, 256, depth, 8), (256, 128, depth, 8)]
+    return [ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, stages)
+            for pixels, block_k, block_c, warps in found]  # fmt: skip
+
+
+def _gather_stages(gpu: GPU) -> int:
+    return 4 if gpu.shared_block > 120_000 else 3
+
+
+def _gather_gradient_tiles(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    """The tiles of a filter gradient, their pixels not yet split."""
+    depth = 64 // dtype.itemsize
+    wide = problem.group_channels * dtype.itemsize % 16 == 0 and problem.group_filters * dtype.itemsize % 8 == 0
+    if gpu.arch < 90 and wide and problem.N % depth == 0:  # steps of whole images: few registers go into addresses
+        sizes = [(32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
+        found = [(pixels, *size) for pixels in (depth, 2 * depth) if problem.N % pixels == 0 for size in sizes]
+        if problem.N % (2 * depth) == 0:
+            found.append((2 * depth, 32, 128, 4))  # shorter steps of it spill for sm_89
+        if dtype.itemsize == 2:
+            found += [(depth, 128, 256, 8), (depth, 256, 128, 8)]
+        return [ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, _gather_stages(gpu), flat=True)
+                for pixels, block_k, block_c, warps in found]  # fmt: skip
+    return [
+        ConvTile("gather", (pixels, 1, 1), block_k, block_c, 8, 3, flat=True)
+        for pixels, block_k, block_c in itertools.product((depth, 2 * depth), (32, 64, 128), (32, 64, 128))
+        if block_k * block_c * dtype.itemsize <= 32_768  # 128 x 128 of 4-byte elements spills
+        and (pixels == depth or min(block_k, block_c) == 128)
+    ]
 
 
 def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:

@@ -44,6 +44,7 @@ CASES = [
     Case("first layer", (2, 3, 19, 17), (16, 3, 7, 7), {"stride": 4, "padding": 2}),
     Case("first layer of odd stride", (2, 4, 9, 13), (8, 4, 4, 3), {"stride": (3, 2), "padding": (1, 0)}),
     Case("channels just beyond a tile", (1, 17, 4, 4), (33, 17, 3, 3), {"padding": 1}, ("gather",)),
+    Case("more taps than bits", (1, 17, 31, 2), (8, 17, 30, 2), {"padding": 1}, ("gather",)),
     Case("one pixel, batch 1", (1, 16, 1, 1), (8, 16, 3, 3), {"padding": 1}),
 ]  # fmt: skip
 RUNS = [pytest.param(case, formulation, id=f"{case.name}-{formulation}")
@@ -234,6 +235,17 @@ def test_filter_gradients_of_two_taps_and_more_filters(stride: int, tile: dict[s
     with tiles.override(**({"formulation": formulation, "box": box, "block_k": 32, "block_c": 16} | tile)):
         dw = OPS.conv2d_wgrad(dy, x, w.shape, (stride, stride), (1,) * 4, (1, 1), 1, "ieee")
     exact = reference.conv2d_wgrad(x, dy, w.shape, stride, 1)
+    assert reference.error(dw, exact) <= 1e-5 * exact.abs().max().item()
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16x6"])
+@pytest.mark.parametrize("batch", [32, 20], ids=["steps of whole images", "steps across images"])
+def test_filter_gradients_by_pointers(batch: int, precision: str) -> None:
+    x, dy = (torch.randn(batch, channels, *size) for channels, size in ((10, (5, 6)), (18, (3, 4))))
+    tile = {"formulation": "gather", "box": (16, 1, 1), "block_k": 16, "block_c": 32, "splits": 3}
+    with tiles.override(**tile):
+        dw = OPS.conv2d_wgrad(dy, x, (18, 5, 3, 2), (2, 1), (1, 1, 0, 0), (1, 2), 2, precision)
+    exact = reference.conv2d_wgrad(x, dy, (18, 5, 3, 2), (2, 1), ((1, 1), (0, 0)), (1, 2), 2)
     assert reference.error(dw, exact) <= 1e-5 * exact.abs().max().item()
 
 

@@ -141,7 +141,10 @@ def test_wgrad_shared_pixels_and_taps(name, changes):
             agrees(conv.plan_wgrad(PROBLEMS[name], y, x, w, gpu=GPU))
 
 
-@pytest.mark.parametrize("problem", (PROBLEMS | STRIDED).values(), ids=(PROBLEMS | STRIDED).keys())
+IMAGES = {"whole images a step": square(1, N=16, H=3, W=2)}
+
+
+@pytest.mark.parametrize("problem", (PROBLEMS | STRIDED | IMAGES).values(), ids=(PROBLEMS | STRIDED | IMAGES).keys())
 def test_wgrad_gather(problem):
     x, w, _, y = tensors(problem)
     with tiles.override(**GATHER, flat=True, splits=2):

@@ -183,7 +183,8 @@ def plan_wgrad(
         columns *= problem.taps
         arguments |= {
             "x": x, "dy": dy, **strides("x", x, "nchw"), **strides("y", dy, "nkpq"), "STRIDE_H": problem.stride[0],
-            "STRIDE_W": problem.stride[1], "INDEX": index_type(x, dy), "PIXELS": tile.pixels,
+            "STRIDE_W": problem.stride[1], "INDEX": index_type(x, dy), "IMAGES": problem.N % tile.pixels == 0,
+            "UNIT_X": _unit(*_row_strides(x)), "UNIT_Y": _unit(*_row_strides(dy)), "PIXELS": tile.pixels,
         }  # fmt: skip
     else:
         kernel = device.wgrad_box
@@ -348,10 +349,21 @@ def _plan_gather(
         "stride_wg": w.shape[0] // problem.groups * pitch, "stride_wk": rows, "stride_wt": channels,
         "stride_wp": channels // common["PARTS"], "stride_wc": depth, "STRIDE_H": problem.stride[0],
         "STRIDE_W": problem.stride[1], "FLAT": tile.flat, "INDEX": index_type(x, w, y), "PIXELS": tile.pixels, **common,
+        "TRANSPOSED": filters.transposed, "UNIT_X": _unit(*_row_strides(x)),
+        "UNIT_W": _unit(channels // common["PARTS"]), "UNIT_Y": _unit(*_row_strides(y)),
     }  # fmt: skip
     pixels = problem.N * problem.P * problem.Q
     programs = triton.cdiv(pixels, tile.pixels) * problem.groups * triton.cdiv(problem.group_filters, tile.block_k)
     return Launch(device.fprop_gather, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))
+
+
+def _row_strides(image: torch.Tensor) -> tuple[int, ...]:
+    return image.stride(0), image.stride(2), image.stride(3)
+
+
+def _unit(*strides: int) -> int:
+    """The largest power of two up to 16 that divides all of them."""
+    return math.gcd(16, *strides)
 
 
 def _filter_matrix(w: torch.Tensor) -> torch.Tensor:
