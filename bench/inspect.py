@@ -181,6 +181,7 @@ def inspect_case(case: Case, arch: str, override: dict[str, Any] | None = None) 
     `override` are fields of ConvTile for its convolutions; ValueError where a tile with them cannot run.
     """
     from tileconv.kernels import tiles
+    from tileconv.kernels.launch import plans
 
     from .cases import launches
     from .predictions import NOTHING, PRODUCTS, predictions
@@ -189,13 +190,15 @@ def inspect_case(case: Case, arch: str, override: dict[str, Any] | None = None) 
     gpu = gpu_of(arch)
     planner = gpu or replace(gpu_of("sm_80"), shared_block=GFX942[1])
     with tiles.override(**{n: tuple(v) if isinstance(v, list) else v for n, v in (override or {}).items()}):
-        planned = launches(case, planner)
+        with plans.allocations() as scratch:
+            planned = launches(case, planner)
         modelled = [NOTHING] * len(planned) if gpu is None else predictions(case, planned, gpu)
     multiplies = any(launch.kernel.__name__ in PRODUCTS for launch in planned)
+    extra = sum(tensor.nbytes for tensor in scratch)
     rows = []
     for step, (launch, prediction) in enumerate(zip(planned, modelled, strict=True)):
         main = launch.kernel.__name__ in PRODUCTS if multiplies else launch.kernel is planned[0].kernel
-        place = {"step": step, "steps": len(planned), "role": "main" if main else "helper"}
+        place = {"step": step, "steps": len(planned), "role": "main" if main else "helper", "extra_bytes": extra}
         try:
             facts = inspect_launch(launch, arch)
         except Exception as error:

@@ -301,7 +301,9 @@ def test_every_alexnet_kernel_compiles_without_spills():
             # Four products a step, of 192 filters and 192 pixels, are more instructions but no fuller issue slots.
             assert item.other_per_mma <= (20 if "(128+64)*64 +half" in item.tile else 14), item.layer
     pools = [i for i in items if i.layer.startswith("pool")]
-    assert all({k for k in i.loop_loads if k[:3] in ("LDG", "STG")} == {"LDG.128", "STG.128"} for i in pools)
+    for item in pools:  # the strips of overlapping windows copy ahead
+        memory = {kind for kind in item.loop_loads if kind[:3] in ("LDG", "STG")}
+        assert memory == {"LDGSTS.128", "STG.128"}, (item.layer, item.arch)
     assert all(i.modelled_us > 0 and i.floor_us > 0 and i.bytes_read > 0 for i in items)
     for case in targets.case_sums(items):
         assert case.modelled_us >= case.floor_us, case.first.case
@@ -315,6 +317,12 @@ def test_every_pass_compiles_without_spills_for_three_generations():
     spilling = [(row["layer"], row["pass"], row["arch"], row["kernel"]) for row in rows if row["stack_bytes"]]
     assert spilling == []
     assert [(row["layer"], row["pass"]) for row in rows if row["arch"] == "sm_90" and row["serialised"]] == []
+    for row in rows:  # the second kernel of a filter gradient adds what the first one leaves in scratch
+        if row["kernel"] == "add_slices" and row["pass"] == "wgrad" and row["layer"] == "conv4":
+            written = row["bytes_written"]
+            assert row["extra_bytes"] == row["bytes_read"] > written > 0
+        elif row["layer"] == "pool1":
+            assert row["extra_bytes"] == 0
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ call only puts its own tensors in their places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,17 @@ def scratch(tensor: torch.Tensor) -> torch.Tensor:
     if (found := _allocated.get()) is not None:
         found.append(tensor)
     return tensor
+
+
+@contextmanager
+def allocations() -> Iterator[list[torch.Tensor]]:
+    """The scratch of all that is planned in the block, in order."""
+    found: list[torch.Tensor] = []
+    token = _allocated.set(found)
+    try:
+        yield found
+    finally:
+        _allocated.reset(token)
 
 
 def run(planner: Planner, *arguments: Any, **settings: Hashable) -> None:
@@ -118,12 +130,8 @@ def _plan(
     arguments = [
         other if layout is None else _placeholder(layout) for layout, other in zip(layouts, others, strict=True)
     ]
-    allocated: list[torch.Tensor] = []
-    token = _allocated.set(allocated)
-    try:
+    with allocations() as allocated:
         launches = _launches(planner, arguments, dict(settings), device)
-    finally:
-        _allocated.reset(token)
     known = [*(argument for argument in arguments if isinstance(argument, torch.Tensor)), *allocated]
     at = {tensor.untyped_storage()._cdata: index for index, tensor in enumerate(known)}
     views: list[tuple[int, tuple[int, ...], tuple[int, ...], int]] = []
