@@ -7,7 +7,8 @@ positive, and -1 stands for no element.
 import triton
 import triton.language as tl
 
-from tileconv.kernels.device.conv import _bias_and_activation, _box_origin, _next_tap, _store_box
+from tileconv.kernels.device.conv import box_origin, store_box
+from tileconv.kernels.device.conv_steps import bias_and_activation, next_tap
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _sums(
             box = x.load([n, h0 + r * DIL_H, w0 + s * DIL_W, g, c]).reshape(PIXELS, BLOCK_C)
         filters = w.load([g * K + k0, (r * S + s) * C + c])
         acc = tl.dot(filters, box.T, acc, input_precision=PRECISION)
-        c, s, r = _next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
+        c, s, r = next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
     return acc
 
 
@@ -110,7 +111,7 @@ def fprop_pool(
     WHOLE: tl.constexpr = BOX_H * BOX_W > 1
     OWN_H: tl.constexpr = BOX_H // WINDOW_H if WHOLE else 1
     OWN_W: tl.constexpr = BOX_W // WINDOW_W if WHOLE else 1
-    k0, g, n, pp, pq = _box_origin(tl.program_id(0), N, POOLED_P, POOLED_Q, K, GROUPS, BOX_N, OWN_H, OWN_W, BLOCK_K)
+    k0, g, n, pp, pq = box_origin(tl.program_id(0), N, POOLED_P, POOLED_Q, K, GROUPS, BOX_N, OWN_H, OWN_W, BLOCK_K)
     k = k0 + tl.arange(0, BLOCK_K)
     p = pp * STEP_H - POOL_PAD_H
     q = pq * STEP_W - POOL_PAD_W
@@ -122,7 +123,7 @@ def fprop_pool(
         i = tl.arange(0, BOX_N * BOX_H * BOX_W)
         i_p = i // BOX_W % BOX_H
         i_q = i % BOX_W
-        out = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, "relu").to(OUT)
+        out = bias_and_activation(acc, bias, g, k, K, HAS_BIAS, "relu").to(OUT)
         key = _key(out, (i_p % WINDOW_H * WINDOW_W + i_q % WINDOW_W)[None, :])
         if PARTIAL:
             inside = (p + i_p >= 0) & (p + i_p < P) & (q + i_q >= 0) & (q + i_q < Q)
@@ -142,15 +143,15 @@ def fprop_pool(
                 x, w, n, (p + u) * stride_h - pad_h, (q + v) * stride_w - pad_w, g, k0, H, W, C, K, R, S, DIL_H, DIL_W,
                 GROUPS, PRECISION, BOX_N, BOX_H, BOX_W, BLOCK_K, BLOCK_C,
             )  # fmt: skip
-            out = _bias_and_activation(acc, bias, g, k, K, HAS_BIAS, "relu").to(OUT)
+            out = bias_and_activation(acc, bias, g, k, K, HAS_BIAS, "relu").to(OUT)
             best = tl.maximum(best, _key(out, u * WINDOW_W + v))
     value, place = _value_and_place(best, OUT)
-    _store_box(
+    store_box(
         y, value, k0, g, n, pp, pq, N, POOLED_P, POOLED_Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
         GROUPS, STORE_BOX, BOX_N, OWN_H, OWN_W, BLOCK_K,
     )  # fmt: skip
     if switch is not None:
-        _store_box(
+        store_box(
             switch, place, k0, g, n, pp, pq, N, POOLED_P, POOLED_Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
             GROUPS, STORE_BOX, BOX_N, OWN_H, OWN_W, BLOCK_K,
         )  # fmt: skip

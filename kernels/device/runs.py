@@ -9,7 +9,7 @@ than the filter.
 import triton
 import triton.language as tl
 
-from tileconv.kernels.device.conv import _bias_and_activation
+from tileconv.kernels.device.conv_steps import bias_and_activation
 
 _FAR = tl.constexpr(1 << 29)  # a row that is outside every image
 
@@ -81,7 +81,7 @@ def fprop_runs(
         pixels = tl.load(x + (start + shift[None, :]), mask=h.to(tl.uint32) < H.to(tl.uint32), other=0.0)
         a = tl.load(filters + d0, mask=(k < K)[:, None], other=0.0)
         acc = tl.dot(a, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
-    acc = _bias_and_activation(acc, bias, 0, k, K, HAS_BIAS, ACTIVATION)
+    acc = bias_and_activation(acc, bias, 0, k, K, HAS_BIAS, ACTIVATION)
     at = n.to(tl.int64) * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
     rows = k.to(tl.int64) * stride_yk
     tl.store(y + rows[:, None] + at[None, :], acc.to(OUT), mask=(k < K)[:, None] & (n < N)[None, :])

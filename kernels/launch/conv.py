@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tileconv.kernels import cost, fp32, layout, tiles
 from tileconv.kernels.device import conv as device
+from tileconv.kernels.device import conv_gather, conv_wgrad
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart, Filters
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch import depthwise, padded, runs
@@ -179,7 +180,7 @@ def plan_wgrad(
     }  # fmt: skip
     columns = problem.group_channels
     if tile.formulation == "gather":
-        kernel: Any = device.wgrad_gather
+        kernel: Any = conv_gather.wgrad_gather
         columns *= problem.taps
         arguments |= {
             "x": x, "dy": dy, **strides("x", x, "nchw"), **strides("y", dy, "nkpq"), "STRIDE_H": problem.stride[0],
@@ -187,7 +188,7 @@ def plan_wgrad(
             "UNIT_X": _unit(*_row_strides(x)), "UNIT_Y": _unit(*_row_strides(dy)), "PIXELS": tile.pixels,
         }  # fmt: skip
     else:
-        kernel = device.wgrad_box
+        kernel = conv_wgrad.wgrad_box
         planes = problem.groups * fp32.parts(precision)
         x, dy = for_descriptor(x, planes), for_descriptor(dy, planes)
         describe: Callable[..., TensorDescriptor] = row_descriptor if tile.formulation == "pixel" else image_descriptor
@@ -354,7 +355,7 @@ def _plan_gather(
     }  # fmt: skip
     pixels = problem.N * problem.P * problem.Q
     programs = triton.cdiv(pixels, tile.pixels) * problem.groups * triton.cdiv(problem.group_filters, tile.block_k)
-    return Launch(device.fprop_gather, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))
+    return Launch(conv_gather.fprop_gather, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))
 
 
 def _row_strides(image: torch.Tensor) -> tuple[int, ...]:
