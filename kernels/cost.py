@@ -95,6 +95,11 @@ class Prediction:
     bytes_least: int
 
 
+def weighed_us(predicted: Prediction, gpu: GPU, doubt: float = 0.1) -> float:
+    """What a choice goes by: where most SMs idle, a step's latency decides, and of that the model knows least."""
+    return predicted.modelled_us * (1 + doubt if predicted.ctas < gpu.sms / 2 else 1)
+
+
 def floor_us(problem: Conv2dProblem, dtype: torch.dtype, precision: str, gpu: GPU) -> float:
     """No kernel is faster: all operations at the data sheet's rate, or each operand moved once."""
     arithmetic = problem.flops / gpu.peak(dtype, precision)

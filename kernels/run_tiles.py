@@ -69,7 +69,10 @@ def choose_runs(
         tile = ConvTile("runs", (pixels, 1, 1), block_k, block_c, warps, stages)
         found += _split(problem, tile, runs.length, gpu) if pass_ == "wgrad" else [tile]
     found = excluded.without(found, gpu.name, pass_)
-    return min(found, key=lambda tile: cost.predict(problem, pass_, tile, dtype, precision, gpu).modelled_us)
+    # Loads that threads address by themselves take their time in ways that the model sees less of than a box's.
+    return min(
+        found, key=lambda tile: cost.weighed_us(cost.predict(problem, pass_, tile, dtype, precision, gpu), gpu, 0.15)
+    )
 
 
 def _split(problem: Conv2dProblem, tile: ConvTile, run: int, gpu: GPU) -> list[ConvTile]:

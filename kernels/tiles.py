@@ -372,8 +372,7 @@ def _time(
     tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> float:  # fmt: skip
     predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
-    # Where most SMs idle, a step's latency decides, and of that the model knows least: ask for a tenth more.
-    us = predicted.modelled_us * (1.1 if predicted.ctas < gpu.sms / 2 else 1.0)
+    us = cost.weighed_us(predicted, gpu)
     if pass_ == "wgrad" and tile.formulation == "pixel" and cost.turned(problem, dtype, precision, gpu):
         us += cost.turn_us(problem, dtype, gpu)
     # Tensor cores of half the width (sm_86, sm_89) hide any tile's instructions and traffic; they cost power still.
