@@ -285,10 +285,10 @@ def test_every_alexnet_kernel_compiles_without_spills():
     seen = []
     rows = inspect.inspect_all(
         cases.cases("alexnet", 128, passes=cases.FORWARD),
-        ["sm_90", "sm_80"],
+        ["sm_90"],
         progress=lambda done, total, label: seen.append((done, total)),
     )
-    assert seen[-1] == (24, 24)
+    assert seen[-1] == (12, 12)
     items = [from_data(Inspection, row) for row in rows]
     broken = {"compiles", "fits shared memory", "multiplies with HGMMA", "asynchronous HGMMA", "operands by TMA"}
     short = targets.shortfalls([i for i in items if i.role == "main"])
@@ -310,13 +310,12 @@ def test_every_alexnet_kernel_compiles_without_spills():
 
 
 @pytest.mark.slow
-def test_every_pass_compiles_without_spills_for_three_generations():
-    rows = inspect.inspect_all(cases.cases("alexnet", 128), ["sm_80", "sm_90", "sm_100"])
-    assert len({(row["arch"], row["pass"]) for row in rows}) == 3 * len(set(cases.PASSES) - {cases.STEP})
+def test_every_pass_compiles_without_spills_for_the_generations_before_and_after():
+    rows = inspect.inspect_all(cases.cases("alexnet", 128), ["sm_80", "sm_100"])  # test_targets.py holds sm_90
+    assert len({(row["arch"], row["pass"]) for row in rows}) == 2 * len(set(cases.PASSES) - {cases.STEP})
     assert [(row["layer"], row["pass"], row["arch"], row["failure"]) for row in rows if row["failure"]] == []
     spilling = [(row["layer"], row["pass"], row["arch"], row["kernel"]) for row in rows if row["stack_bytes"]]
     assert spilling == []
-    assert [(row["layer"], row["pass"]) for row in rows if row["arch"] == "sm_90" and row["serialised"]] == []
     for row in rows:  # the second kernel of a filter gradient adds what the first one leaves in scratch
         if row["kernel"] == "add_slices" and row["pass"] == "wgrad" and row["layer"] == "conv4":
             written = row["bytes_written"]
