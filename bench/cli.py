@@ -283,7 +283,7 @@ def _tile_fields(settings: list[str]) -> dict[str, Any]:
     """Fields of ConvTile from texts such as num_stages=2; ValueError for an unknown field or another type."""
     from dataclasses import fields
 
-    from tileconv.kernels.tiles import ConvTile
+    from tileconv.kernels.conv_tile import ConvTile
 
     from .networks import known
 

@@ -100,7 +100,7 @@ def _forced(formulation: str) -> Around:
 
 def formulations(case: Case, shape: Shape) -> tuple[str, ...]:
     """The formulations that can run a pass of a convolution, on the GPU that is there."""
-    from tileconv.kernels import hardware, tiles
+    from tileconv.kernels import conv_tile, hardware, tiles
 
     if shape.op != "conv2d" or case.pass_ not in ("fprop", "dgrad", "wgrad"):
         return ()
@@ -108,7 +108,7 @@ def formulations(case: Case, shape: Shape) -> tuple[str, ...]:
     gpu = hardware.gpu_of(torch.device("cuda"))
     inner = [part.problem for part in problem.dgrad] if case.pass_ == "dgrad" else [problem]
     able = [tiles.formulations(p, case.pass_, dtype, gpu) for p in inner]
-    return tuple(name for name in tiles.FORMULATIONS if all(name in names for names in able))
+    return tuple(name for name in conv_tile.FORMULATIONS if all(name in names for names in able))
 
 
 def _side(side: Side) -> Callable[[Case, Shape, Tensors], Call]:

@@ -28,11 +28,11 @@ def modelled_tflops(gemm: Gemm) -> float:
     """The cost model's speed for a published product, in the tile that was published with it."""
     import torch
 
-    from tileconv.kernels import cost, hardware, tiles
+    from tileconv.kernels import conv_tile, cost, hardware
     from tileconv.kernels.geometry import Conv2dProblem
 
     problem = Conv2dProblem(gemm.size, gemm.depth, 1, 1, gemm.size, 1, 1)
-    tile = tiles.ConvTile("pixel", (256, 1, 1), 128, 64, 8, 3)
+    tile = conv_tile.ConvTile("pixel", (256, 1, 1), 128, 64, 8, 3)
     predicted = cost.predict(problem, "fprop", tile, torch.float16, "ieee", hardware.GPUS[GPU])
     return problem.flops / predicted.modelled_us / 1e6
 

@@ -163,16 +163,16 @@ def _in_use(dtype: str, gpu: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _candidates(dtype: str, pass_: str, gpu: Any) -> Iterator[tuple[str, Any]]:
-    from tileconv.kernels import tiles
+    from tileconv.kernels import conv_candidates
 
     for shape in PROBLEMS:
         for problem in _inner(shape, pass_, dtype, gpu):
-            for tile in tiles.clean_candidates(problem, pass_, DTYPES[dtype], _level(dtype), gpu):
+            for tile in conv_candidates.clean_candidates(problem, pass_, DTYPES[dtype], _level(dtype), gpu):
                 yield pass_, tile
 
 
 def _tile_tests(found: Iterator[tuple[str, Any]], dtype: str, gpu: Any, problems: int = 1) -> Iterator[Test]:
-    from tileconv.kernels import tiles
+    from tileconv.kernels import conv_tile
 
     for pass_, tile in dict.fromkeys(found):
         left = problems
@@ -180,7 +180,7 @@ def _tile_tests(found: Iterator[tuple[str, Any]], dtype: str, gpu: Any, problems
             if shape.reads_image and pass_ == "dgrad":
                 continue
             inner = _inner(shape, pass_, dtype, gpu)
-            if left and not any(tiles.why_invalid(tile, p, pass_, DTYPES[dtype], gpu) for p in inner):
+            if left and not any(conv_tile.why_invalid(tile, p, pass_, DTYPES[dtype], gpu) for p in inner):
                 yield Test(number, pass_, dtype, dataclasses.asdict(tile), str(tile))
                 left -= 1
 

@@ -16,11 +16,11 @@ import typer
 from rich.console import Console
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from tileconv.kernels import hardware, layout, run_tiles, tiles, tuned
+from tileconv.kernels import conv_tile, hardware, layout, run_tiles, tiles, tuned
+from tileconv.kernels.conv_tile import ConvTile
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart
 from tileconv.kernels.launch import conv as launch_conv
 from tileconv.kernels.launch import depthwise
-from tileconv.kernels.tiles import ConvTile
 from tileconv.model.command import fail
 
 from .cases import DTYPES, Case, cases, conv_problem, shape_of
@@ -77,7 +77,7 @@ class Outcome:
 
 def units(case: Case, shape: Shape, gpu: hardware.GPU) -> list[Unit]:
     """The choices behind a case; depthwise layers and those read in runs have none: their kernels are others."""
-    if shape.op not in ("conv2d", "linear") or case.pass_ not in tiles.PASSES:
+    if shape.op not in ("conv2d", "linear") or case.pass_ not in conv_tile.PASSES:
         return []
     layer = conv_problem(shape)
     dtype = DTYPES[case.dtype]
@@ -248,7 +248,7 @@ def tune(
             raise ValueError("tune needs a CUDA GPU, and there is none here: nothing was timed, nothing was written")
         path, before = _table(out)
         gpu = hardware.gpu_of(torch.device("cuda"))
-        asked = cases(suite, batch, dtype or ["fp16"], pass_ or tiles.PASSES, layer or ())
+        asked = cases(suite, batch, dtype or ["fp16"], pass_ or conv_tile.PASSES, layer or ())
         todo = [unit for case in asked for unit in units(case, shape_of(case), gpu)]
     except (ValueError, ImportError, OSError) as error:
         fail(error)

@@ -33,7 +33,7 @@ LAUNCH_US = 1.0  # a dependent kernel's start after another one, in a CUDA graph
 
 
 class Tile(Protocol):
-    """What the model reads of tiles.ConvTile."""
+    """What the model reads of conv_tile.ConvTile."""
 
     @property
     def formulation(self) -> str: ...

@@ -8,10 +8,10 @@ from functools import lru_cache
 
 import torch
 
-from tileconv.kernels import cost, excluded, fp32, tiles
+from tileconv.kernels import conv_tile, cost, excluded, fp32, tiles
+from tileconv.kernels.conv_tile import ConvTile, power_of_two, powers
 from tileconv.kernels.geometry import Conv2dProblem, Pool2dProblem
 from tileconv.kernels.hardware import GPU
-from tileconv.kernels.tiles import ConvTile, power_of_two
 
 
 def fuse_pool(problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
@@ -64,7 +64,7 @@ def why_impossible(
         return f"products of {dtype} at precision={precision!r} do not run on tensor cores"
     if tiles.first_layer(problem, "fprop", dtype, gpu):
         return "a first layer runs on blocks of its image, which the kernel that pools does not read"
-    if not tiles.addressable(problem, "fprop", dtype):
+    if not conv_tile.addressable(problem, "fprop", dtype):
         return f"a group's {problem.group_channels} channels of {dtype} are no multiple of 16 bytes"
     if problem.groups == problem.C > 1:
         return "depthwise convolutions have a kernel of their own"
@@ -87,10 +87,10 @@ def _why_no_tile(problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype
 def why_invalid(
     tile: ConvTile, problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, gpu: GPU
 ) -> str | None:
-    """As tiles.why_invalid, for the kernel that convolves and pools."""
+    """As conv_tile.why_invalid, for the kernel that convolves and pools."""
     if tile.formulation == "gather" or tile.splits > 1 or tile.block_k2 or tile.shift:
         return f"{tile}: the kernel that pools has no gather, no splits and no second product"
-    if reason := tiles.why_invalid(tile, problem, "fprop", dtype, gpu):
+    if reason := conv_tile.why_invalid(tile, problem, "fprop", dtype, gpu):
         return reason
     if tile.formulation == "pixel":
         return None
@@ -144,7 +144,7 @@ def _interpreter_tile(problem: Conv2dProblem, pool: Pool2dProblem, formulation: 
     """Large blocks: a program costs about 0.4 ms of Python and a step 1.5 ms, whatever its size."""
     block_c = min(max(power_of_two(problem.group_channels), 16), 1024)
     block_k = min(max(power_of_two(problem.group_filters), 16), 256)
-    most = min(4096, tiles.MAX_NUMEL // max(block_k, block_c))
+    most = min(4096, conv_tile.MAX_NUMEL // max(block_k, block_c))
     if formulation == "pixel" or (formulation is None and not _whole(problem, pool)):
         return ConvTile("pixel", (min(max(power_of_two(problem.N), 16), most), 1, 1), block_k, block_c)
     columns = min(power_of_two(pool.Q) * pool.kernel[1], most // pool.kernel[0])
@@ -198,8 +198,8 @@ def _boxes(problem: Conv2dProblem, pool: Pool2dProblem, pixels: int) -> list[tup
     height, width = pool.kernel
     boxes = [
         (n, pixels // n // columns, columns)
-        for n in tiles._powers(images)
-        for columns in tiles._powers(pixels // n)
+        for n in powers(images)
+        for columns in powers(pixels // n)
         if columns >= width and pixels // n // columns >= height
     ]
 

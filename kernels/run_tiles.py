@@ -8,9 +8,10 @@ from functools import lru_cache
 import torch
 
 from tileconv.kernels import cost, excluded
+from tileconv.kernels.conv_tile import ConvTile, power_of_two
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
-from tileconv.kernels.tiles import ConvTile, forced, power_of_two
+from tileconv.kernels.tiles import forced
 
 TYPICAL_BATCH = 32
 # (pixels, filters, depth of a step, warps).  Compiled for sm_80 and sm_90 none spills, and on sm_90 no product waits

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tileconv.kernels.conv_tile import power_of_two
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
-from tileconv.kernels.tiles import ElementwiseTile, choose_elementwise, power_of_two
+from tileconv.kernels.tiles import ElementwiseTile, choose_elementwise
 
 
 @dataclass(frozen=True)

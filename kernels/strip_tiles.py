@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 
 from tileconv.kernels import cost
+from tileconv.kernels.conv_tile import power_of_two
 from tileconv.kernels.geometry import Pair, Pool2dProblem
 from tileconv.kernels.hardware import GPU
-from tileconv.kernels.tiles import power_of_two
 
 STAGES = 3  # of the copies into shared memory: two rows ahead of the one that is pooled
 WIDEST = {"forward": 8, "backward": 5}  # compiled for sm_80 and sm_90 windows of up to 3x3 take at most 233 registers

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from tileconv.kernels import excluded, folders, tiles
+from tileconv.kernels import conv_tile, excluded, folders, tiles
+from tileconv.kernels.conv_tile import ConvTile
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
-from tileconv.kernels.tiles import ConvTile
 
 SCHEMA = 1
 NAME = "tiles_tuned.json"
@@ -107,7 +107,7 @@ def _of_gpu(gpu: GPU) -> dict[Key, ConvTile]:
         own = entry.key
         if (own.gpu, own.triton) != (gpu.name, triton.__version__):
             continue
-        if reason := tiles.why_invalid(entry.tile, own.problem, own.pass_, DTYPES[own.dtype], gpu):
+        if reason := conv_tile.why_invalid(entry.tile, own.problem, own.pass_, DTYPES[own.dtype], gpu):
             raise ValueError(f"{path.name}: entries[{index}].tile cannot run on {gpu.name}: {reason}")
         found[own] = entry.tile
     return found
@@ -147,7 +147,7 @@ def _entry(data: Any, where: str) -> Entry:
     for name in ("gpu", "triton", "pass", "dtype", "precision", "model_tile"):
         if not isinstance(item[name], str):
             raise ValueError(f"{where}.{name} must be a string, not {item[name]!r}")
-    for name, allowed in (("pass", tiles.PASSES), ("dtype", tuple(DTYPES))):
+    for name, allowed in (("pass", conv_tile.PASSES), ("dtype", tuple(DTYPES))):
         if item[name] not in allowed:
             raise ValueError(f"{where}.{name} is {item[name]!r}: allowed are {', '.join(allowed)}")
     problem, tile = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tileconv.kernels as tk
-from tileconv.kernels import cost, hardware, tiles
+from tileconv.kernels import conv_tile, cost, hardware, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv as launch_conv
 
@@ -73,7 +73,7 @@ def problem(name: str, batch: int) -> Conv2dProblem:
     return Conv2dProblem(batch, C, H, H, K, R, R, padding=((pad, pad), (pad, pad)))
 
 
-def choice(name: str, pass_: str, batch: int, invariant: bool) -> tuple[Conv2dProblem, tiles.ConvTile]:
+def choice(name: str, pass_: str, batch: int, invariant: bool) -> tuple[Conv2dProblem, conv_tile.ConvTile]:
     sized = problem(name, batch)
     sized = sized.dgrad[0].problem if pass_ == "dgrad" else sized
     return sized, tiles.choose(sized, pass_, torch.float16, "ieee", H100, batch_invariant=invariant)
@@ -124,7 +124,7 @@ def test_the_context_covers_a_model_and_the_argument_has_the_last_word(monkeypat
     asked = set()
     real = tiles._choose
 
-    def noted(p: Conv2dProblem, pass_: str, *arguments: Any) -> tiles.ConvTile:
+    def noted(p: Conv2dProblem, pass_: str, *arguments: Any) -> conv_tile.ConvTile:
         asked.add((pass_, p.N, arguments[-1]))
         return real(p, pass_, *arguments)
 

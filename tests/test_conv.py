@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tileconv.kernels as tk
-from tileconv.kernels import hardware, reference, tiles
+from tileconv.kernels import conv_tile, hardware, reference, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv as launch_conv
 
@@ -25,7 +25,7 @@ class Case:
     x: tuple[int, int, int, int]
     w: tuple[int, int, int, int]
     arguments: dict[str, Any] = field(default_factory=dict)
-    formulations: tuple[str, ...] = tiles.FORMULATIONS  # what fprop can run as, besides gather
+    formulations: tuple[str, ...] = conv_tile.FORMULATIONS  # what fprop can run as, besides gather
 
 
 CASES = [
@@ -167,7 +167,7 @@ def test_splits_add_up_to_the_same_gradient() -> None:
     x, w, b = operands(case, torch.float32)
     dy = torch.randn(F.conv2d(x, w, b).shape)
     exact = run(F.conv2d, x.double(), w.double(), b.double(), dy)
-    for formulation in tiles.FORMULATIONS:
+    for formulation in conv_tile.FORMULATIONS:
         for splits in (2, 7):
             # splits belong to wgrad alone; the forward pass would refuse nothing, it ignores them
             with tiles.override(formulation=formulation, splits=splits, box=(16, 1, 1)):
@@ -175,7 +175,7 @@ def test_splits_add_up_to_the_same_gradient() -> None:
             assert reference.error(dw, exact[2]) <= 1e-5 * exact[2].abs().max().item()
 
 
-@pytest.mark.parametrize("formulation", tiles.FORMULATIONS)
+@pytest.mark.parametrize("formulation", conv_tile.FORMULATIONS)
 def test_small_tiles_make_the_same_numbers_as_large_ones(formulation: str) -> None:
     x, w, b = operands(Case("", (5, 40, 6, 7), (56, 40, 3, 3)), torch.float32)
     exact = F.conv2d(x.double(), w.double(), b.double(), padding=1)
@@ -282,7 +282,7 @@ def test_a_weight_that_starts_off_16_bytes() -> None:
     storage = torch.empty(w.numel() + 1)
     view = storage[1:].view(w.shape[0], 3, 3, w.shape[1]).permute(0, 3, 1, 2).copy_(w)
     dy = torch.randn(F.conv2d(x, w, padding=1).shape)
-    for formulation in tiles.FORMULATIONS:
+    for formulation in conv_tile.FORMULATIONS:
         with tiles.override(formulation=formulation):
             ours = run(lambda *t: tk.conv2d(*t, padding=1), x, view, b, dy)
         assert_close(ours, run(lambda *t: F.conv2d(*t, padding=1), x, w, b, dy), run(

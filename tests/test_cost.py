@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tileconv.bench import published
-from tileconv.kernels import cost, hardware, tiles
+from tileconv.kernels import conv_tile, cost, hardware, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 
 H100 = hardware.GPUS["H100"]
@@ -40,7 +40,7 @@ def test_published_gemm_speeds_come_out_within_15_percent(gemm: published.Gemm) 
 
 def test_idle_sms_in_the_last_wave_are_counted() -> None:
     # 169 programs on 132 SMs work for two waves.
-    tile = tiles.ConvTile("pixel", (128, 1, 1), 256, 64, 8, 3)
+    tile = conv_tile.ConvTile("pixel", (128, 1, 1), 256, 64, 8, 3)
     predicted = cost.predict(layer("conv4"), "fprop", tile, torch.float16, "ieee", H100)
     assert predicted.ctas == 169
     assert predicted.wave_efficiency == pytest.approx(169 / 264)
@@ -53,10 +53,10 @@ def test_floors_are_the_arithmetic_of_the_data_sheet() -> None:
 
 
 def test_skipped_taps_are_not_paid_for() -> None:
-    tile = tiles.ConvTile("pixel", (128, 1, 1), 64, 64, 4, 4)
+    tile = conv_tile.ConvTile("pixel", (128, 1, 1), 64, 64, 4, 4)
     predicted = cost.predict(layer("conv2"), "fprop", tile, torch.float16, "ieee", H100)
     assert predicted.flops_done / predicted.flops_needed == pytest.approx(1 - 0.087, abs=0.001)
-    box = tiles.ConvTile("box", (8, 4, 4), 64, 64, 4, 4)
+    box = conv_tile.ConvTile("box", (8, 4, 4), 64, 64, 4, 4)
     assert cost.predict(layer("conv2"), "fprop", box, torch.float16, "ieee", H100).flops_done > predicted.flops_done
 
 
@@ -91,14 +91,14 @@ def test_dilation_costs_nothing_at_equal_output_size() -> None:
 
 
 @pytest.mark.parametrize("gpu", hardware.GPUS.values(), ids=lambda gpu: gpu.name)
-@pytest.mark.parametrize("pass_", tiles.PASSES)
+@pytest.mark.parametrize("pass_", conv_tile.PASSES)
 def test_every_choice_is_valid_and_fits(pass_: str, gpu: hardware.GPU) -> None:
     for dtype, precision in ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")):
         for batch in (1, 128):
             for name in ALEXNET:
                 problem = layer(name, batch)
                 tile = tiles.choose(problem, pass_, dtype, precision, gpu)
-                assert tiles.why_invalid(tile, problem, pass_, dtype, gpu) is None
+                assert conv_tile.why_invalid(tile, problem, pass_, dtype, gpu) is None
                 columns = tile.block_c * tile.taps if pass_ == "wgrad" else tile.pixels
                 depth = tile.pixels if pass_ == "wgrad" else tile.block_c
                 stage = (tile.rows + columns) * depth * dtype.itemsize

@@ -15,7 +15,7 @@ import tileconv.kernels as tk
 from tileconv.bench import cases, inspect
 from tileconv.bench.predictions import predictions
 from tileconv.bench.traffic import traffic
-from tileconv.kernels import fp32, hardware, interpreter, reference, tiles
+from tileconv.kernels import conv_tile, fp32, hardware, interpreter, reference, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv as launch_conv
 from tileconv.kernels.launch.split import plan_split
@@ -33,7 +33,7 @@ class Case:
     x: tuple[int, int, int, int]
     w: tuple[int, int, int, int]
     arguments: dict[str, Any] = field(default_factory=dict)
-    formulations: tuple[str, ...] = tiles.FORMULATIONS
+    formulations: tuple[str, ...] = conv_tile.FORMULATIONS
     memory_format: Any = CHANNELS_LAST
 
 
@@ -294,7 +294,7 @@ def test_sums_as_long_as_allowed_stay_within_twice_the_error_of_fp32() -> None:
 
 
 ALEXNET = ("conv2", "conv3", "conv4", "conv5")
-CONVOLUTIONS = [case for dtype in PARTS for case in cases.cases("alexnet", 128, [dtype], tiles.PASSES, ALEXNET)]
+CONVOLUTIONS = [case for dtype in PARTS for case in cases.cases("alexnet", 128, [dtype], conv_tile.PASSES, ALEXNET)]
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
@@ -307,19 +307,19 @@ def test_modelled_faster_than_fp32s_units_at_their_peak(case: cases.Case) -> Non
 
 
 @pytest.mark.parametrize("gpu", hardware.GPUS.values(), ids=lambda gpu: gpu.name)
-@pytest.mark.parametrize("pass_", tiles.PASSES)
+@pytest.mark.parametrize("pass_", conv_tile.PASSES)
 def test_choices_are_valid_and_keep_sums_short(pass_: str, gpu: hardware.GPU) -> None:
     for channels, precision in ((256, "bf16x6"), (512, "bf16x6"), (512, "bf16x3")):
         problem = Conv2dProblem(64, channels, 13, 13, 384, 3, 3, padding=((1, 1), (1, 1)))
         tile = tiles.choose(problem, pass_, torch.float32, precision, gpu)
-        assert tiles.why_invalid(tile, problem, pass_, torch.bfloat16, gpu) is None
+        assert conv_tile.why_invalid(tile, problem, pass_, torch.bfloat16, gpu) is None
         depth = 64 * 13 * 13 if pass_ == "wgrad" else 9 * channels
         if precision == "bf16x6" and tile.formulation != "gather":  # which adds to fp32 at every step
             assert depth / tile.splits <= fp32.LONGEST_SUM and not tile.tail
 
 
 @pytest.mark.skipif(not hardware.interpreting(), reason="counts in Triton's interpreter")
-@pytest.mark.parametrize("formulation", tiles.FORMULATIONS)
+@pytest.mark.parametrize("formulation", conv_tile.FORMULATIONS)
 def test_counted_bytes(formulation: str) -> None:
     problem = Conv2dProblem(2, 48, 3, 3, 32, 2, 3, padding=((1, 0), (1, 1)), groups=2)
     x, w, y = (torch.randn(s).contiguous(memory_format=CHANNELS_LAST)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tileconv.bench import cases, cli, selftest, workers
 from tileconv.bench.cli import app
 from tileconv.bench.selftest import Test as Trial
-from tileconv.kernels import excluded, hardware, pool_tiles, run_tiles, tiles
+from tileconv.kernels import conv_candidates, conv_tile, excluded, hardware, pool_tiles, run_tiles, tiles
 from tileconv.kernels.geometry import Conv2dProblem, Pool2dProblem
 from tileconv.kernels.launch import conv_pool as launch_conv_pool
 
@@ -48,7 +48,7 @@ def test_every_pass_dtype_and_kind_of_tile_is_tested():
     assert {(t.pass_, t.dtype) for t in tiled} == {
         (pass_, dtype) for pass_ in selftest.PASSES for dtype in selftest.DEFAULT_DTYPES
     }
-    assert {t.tile["formulation"] for t in tiled} == set(tiles.FORMULATIONS)
+    assert {t.tile["formulation"] for t in tiled} == set(conv_tile.FORMULATIONS)
     assert {selftest.shapes()[t.shape].op for t in found if not t.tile} > {"conv2d", "max_pool2d", "cross_entropy"}
 
 
@@ -245,7 +245,7 @@ def test_a_convolution_that_pools_runs_as_two_kernels_where_no_tile_is_left(pool
 
 def test_no_tile_left_is_said_where_it_is_met(file, monkeypatch):
     problem = selftest.conv_problem(selftest.PROBLEMS[0])
-    every = tiles.clean_candidates(problem, "fprop", torch.float16, "ieee", H100)
+    every = conv_candidates.clean_candidates(problem, "fprop", torch.float16, "ieee", H100)
     file.write_text(json.dumps([an_entry(tile=str(tile)) for tile in every]))
     with pytest.raises(RuntimeError, match=r"every tile for this fprop failed the self-test on H100"):
         tiles.choose(problem, "fprop", torch.float16, "ieee", H100)

@@ -20,7 +20,7 @@ from tileconv.bench.cases import Case
 from tileconv.bench.cli import app
 from tileconv.bench.networks import Shape
 from tileconv.bench.tune import Outcome, Unit
-from tileconv.kernels import excluded, hardware, tiles, tuned
+from tileconv.kernels import conv_tile, excluded, hardware, tiles, tuned
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import plans
 
@@ -54,7 +54,7 @@ class Stub:
         return self.samples[min(self.calls, len(self.samples)) - 1]
 
 
-@pytest.mark.parametrize("pass_", tiles.PASSES)
+@pytest.mark.parametrize("pass_", conv_tile.PASSES)
 def test_a_rehearsal_checks_every_candidate_and_keeps_the_quickest(pass_: str) -> None:
     [unit] = small(pass_)
     stub = Stub([10.0, 10.1, 10.2], [9.0, 9.1, 9.2], [9.5, 9.6, 9.7])
@@ -122,7 +122,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def choice(gpu: hardware.GPU = H100, **settings: bool) -> tiles.ConvTile:
+def choice(gpu: hardware.GPU = H100, **settings: bool) -> conv_tile.ConvTile:
     return tiles.choose(small("fprop")[0].problem, "fprop", HALF, "ieee", gpu, **settings)
 
 

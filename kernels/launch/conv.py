@@ -11,6 +11,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tileconv.kernels import cost, fp32, layout, tiles
+from tileconv.kernels.conv_tile import ConvTile
 from tileconv.kernels.device import conv as device
 from tileconv.kernels.device import conv_gather, conv_wgrad
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart, Filters
@@ -275,7 +276,7 @@ def _slices(splits: int, dw: torch.Tensor) -> torch.Tensor:
 
 
 def _plan_box(
-    problem: Conv2dProblem, filters: Filters, tile: tiles.ConvTile,
+    problem: Conv2dProblem, filters: Filters, tile: ConvTile,
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any], gpu: GPU,
 ) -> list[Launch]:  # fmt: skip
     matrix = aligned(_filter_matrix(w))
@@ -324,7 +325,7 @@ def _plan_box(
     return [first] if parts is None else [first, _plan_finish(tile, parts, y, common | where, gpu)]
 
 
-def _plan_finish(tile: tiles.ConvTile, parts: torch.Tensor, y: torch.Tensor, known: dict[str, Any], gpu: GPU) -> Launch:
+def _plan_finish(tile: ConvTile, parts: torch.Tensor, y: torch.Tensor, known: dict[str, Any], gpu: GPU) -> Launch:
     """The launch that adds the parts of shared tiles and finishes them as a whole tile would."""
     block_k = math.gcd(tile.filters, 1024 if gpu.interprets else 64)
     block_p = tile.pixels if gpu.interprets else min(tile.pixels, 32)
@@ -337,7 +338,7 @@ def _plan_finish(tile: tiles.ConvTile, parts: torch.Tensor, y: torch.Tensor, kno
 
 
 def _plan_gather(
-    problem: Conv2dProblem, filters: Filters, tile: tiles.ConvTile,
+    problem: Conv2dProblem, filters: Filters, tile: ConvTile,
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any],
 ) -> Launch:  # fmt: skip
     matrix = _filter_matrix(w)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from tileconv.kernels import small_tiles, tiles
+from tileconv.kernels import conv_tile, small_tiles, tiles
 from tileconv.kernels.device import layout as device
 from tileconv.kernels.geometry import Pair
 from tileconv.kernels.hardware import GPU
@@ -15,7 +15,7 @@ from tileconv.kernels.launch.common import Launch, index_type, strides
 def plan_space_to_depth(x: torch.Tensor, y: torch.Tensor, stride: Pair, padding: Pair, *, gpu: GPU) -> Launch:
     """The launch that writes y [N, DEPTH, U, V] (channels_last) from x [N, C, H, W], padded before by `padding`."""
     count, depth, rows, columns = y.shape
-    cols = tiles.power_of_two(depth)
+    cols = conv_tile.power_of_two(depth)
     tile = tiles.choose_elementwise(columns, cols, x.dtype, gpu)
     arguments = {
         "x": x, "y": y, "C": x.shape[1], "H": x.shape[2], "W": x.shape[3], "U": rows, "V": columns,
@@ -51,7 +51,7 @@ def plan_depth_to_space(y: torch.Tensor, dw: torch.Tensor, stride: Pair, *, gpu:
 def plan_widen(x: torch.Tensor, y: torch.Tensor, *, gpu: GPU) -> Launch:
     """The launch that writes y [N, C, H, WIDTH] (contiguous) from x [N, C, H, W], its rows filled up with zeros."""
     height, width = y.shape[0] * y.shape[1] * y.shape[2], y.shape[3]
-    cols = tiles.power_of_two(width)
+    cols = conv_tile.power_of_two(width)
     tile = tiles.choose_elementwise(height, cols, x.dtype, gpu)
     arguments = {
         "x": x, "y": y, "HEIGHT": height, "C": x.shape[1], "H": x.shape[2], "W": x.shape[3],

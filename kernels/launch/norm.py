@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from tileconv.kernels import tiles
+from tileconv.kernels import conv_tile, tiles
 from tileconv.kernels.device import norm as device
 from tileconv.kernels.geometry import channel_window
 from tileconv.kernels.hardware import GPU
@@ -51,10 +51,10 @@ def _across_columns(arguments: dict[str, Any], images: dict[str, torch.Tensor], 
     """Channels side by side: a program takes whole pixels."""
     dtype, channels = images["x"].dtype, images["x"].shape[1]
     vector = 16 // dtype.itemsize
-    cols = max(tiles.power_of_two(channels), vector)
+    cols = max(conv_tile.power_of_two(channels), vector)
     # Two 16-byte loads a thread forward; backward, with two operands, one of each.
     budget = 1 << 16 if gpu.interprets else 128 * vector * (1 if "g" in images else 2)
-    rows = max(1, min(tiles.power_of_two(height), budget // cols))
+    rows = max(1, min(conv_tile.power_of_two(height), budget // cols))
     arguments |= {
         "dy": images.get("g"), "out": images["y"], "HEIGHT": height, "BACKWARD": "g" in images,
         "ROWS": rows, "COLS": cols, "VEC_LOG2": vector.bit_length() - 1,
@@ -72,9 +72,9 @@ def _along_rows(arguments: dict[str, Any], images: dict[str, torch.Tensor], widt
     dtype, channels = images["x"].dtype, images["x"].shape[1]
     neighbours = arguments["BEFORE"] + arguments["AFTER"]
     per_thread = max(
-        1, min(16 // dtype.itemsize, tiles.power_of_two(64 // (neighbours + 1)))
+        1, min(16 // dtype.itemsize, conv_tile.power_of_two(64 // (neighbours + 1)))
     )  # the window is registers
-    cols = min(tiles.power_of_two(width), 1 << 16 if gpu.interprets else 128 * per_thread)
+    cols = min(conv_tile.power_of_two(width), 1 << 16 if gpu.interprets else 128 * per_thread)
     blocks = triton.cdiv(width, cols)
     # Few pixels: share the channels.  Each share reads `neighbours` more at either end: at most 1/12 more bytes.
     shares = min(triton.cdiv(4 * gpu.sms, blocks), max(1, channels // max(1, 12 * neighbours)))

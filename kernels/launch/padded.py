@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import torch
 
-from tileconv.kernels import cost, layout, tiles
+from tileconv.kernels import conv_tile, cost, layout, tiles
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch
@@ -38,7 +38,7 @@ def applies(
     """
     on_tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and precision == "tf32")
     able = on_tensor_cores and gpu.has_descriptors and problem.groups == 1 and min(problem.C, problem.K) >= FEWEST
-    if not able or tiles.forced() or tiles.addressable(problem, pass_, dtype):
+    if not able or tiles.forced() or conv_tile.addressable(problem, pass_, dtype):
         return False
     if gpu.interprets:
         return True

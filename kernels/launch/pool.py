@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from tileconv.kernels import strip_tiles, tiles
+from tileconv.kernels import conv_tile, strip_tiles, tiles
 from tileconv.kernels.device import average, pool_strips, selection
 from tileconv.kernels.device import pool as device
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
@@ -181,8 +181,8 @@ def plan_unpool(x: torch.Tensor, index: torch.Tensor, y: torch.Tensor, *, gpu: G
     planes, pixels = count * channels, rows * columns
     # Every pixel of a step is compared with every other: steps are short, except that the interpreter counts steps.
     budget, longest = (1 << 18, 64) if gpu.interprets else (1 << 13, 16)
-    cols = min(tiles.power_of_two(pixels), longest)
-    tile_rows = max(1, min(tiles.power_of_two(planes), budget // (cols * cols)))
+    cols = min(conv_tile.power_of_two(pixels), longest)
+    tile_rows = max(1, min(conv_tile.power_of_two(planes), budget // (cols * cols)))
     arguments = {
         "x": x, "index": index, "y": y, "C": channels, "W": y.shape[3], "PLANES": planes, "Q": columns,
         "PIXELS": pixels, "SIZE": y.shape[2] * y.shape[3], **strides("x", x, "ncpq"), **strides("i", index, "ncpq"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from tileconv.kernels import tiles
+from tileconv.kernels import conv_tile, tiles
 from tileconv.kernels.device import softmax as device
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch, accumulator, index_type, strides
@@ -82,7 +82,7 @@ def _rows(
     rows, cols = tile.rows, tile.cols
     if inner > 1 and tensors[0].stride(1) != 1 and not gpu.interprets:
         # Neighbours in memory belong to neighbouring rows: 64 of them fill two 32-byte sectors even of fp16.
-        rows = min(max(rows, 64), tiles.power_of_two(outer * inner))
+        rows = min(max(rows, 64), conv_tile.power_of_two(outer * inner))
         cols = max(1, min(cols, tile.rows * tile.cols // rows))
     steps = [name for name in arguments if name.startswith("stride_") and name.endswith("o")]
     if arguments.get("INDEXED"):

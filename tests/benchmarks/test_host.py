@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tileconv.kernels import conv_tile, hardware, tiles
 from tileconv.kernels import functional as TF
-from tileconv.kernels import hardware, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv, descriptors
 from tileconv.kernels.launch.common import Launch
@@ -42,7 +42,7 @@ def planned(name: str, pass_: str) -> list[Launch]:
     return conv.plan_wgrad(problem, y, x, w, gpu=H100)
 
 
-def chosen(pass_: str) -> tiles.ConvTile:
+def chosen(pass_: str) -> conv_tile.ConvTile:
     problem = PROBLEMS["conv2"]
     asked = problem.dgrad[0].problem if pass_ == "dgrad" else problem
     return tiles.choose(asked, pass_, torch.float16, "ieee", H100)

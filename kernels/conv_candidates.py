@@ -1,0 +1,312 @@
+"""The tiles that a chooser weighs: those that compile to clean loops, see tests/test_inspect.py."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from tileconv.kernels import cost, fp32
+from tileconv.kernels.conv_tile import ConvTile, addressable, power_of_two, powers
+from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.hardware import GPU, triton_version
+
+
+def clean_candidates(
+    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU
+) -> list[ConvTile]:  # fmt: skip
+    """The tiles that compile to clean loops, see tests/test_inspect.py."""
+    if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
+        return _scalar_candidates(problem, pass_, dtype, gpu)
+    read = fp32.multiplied(dtype, precision)
+    found = _gather_candidates(problem, pass_, read, gpu)
+    if gpu.has_descriptors and addressable(problem, pass_, read):
+        boxes = (
+            _wgrad_candidates(problem, read, gpu) if pass_ == "wgrad" else _box_candidates(problem, pass_, read, gpu)
+        )
+        found = boxes + found
+    return found if read == dtype else _of_parts(problem, pass_, found, precision, gpu)
+
+
+def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precision: str, gpu: GPU) -> list[ConvTile]:
+    """Those of the tiles for bf16 that multiply the parts of fp32 without spilling, in sums that are not too long."""
+    wgrad = pass_ == "wgrad"
+    depth = problem.N * problem.P * problem.Q if wgrad else problem.taps * problem.group_channels
+    least = -(-depth // fp32.LONGEST_SUM) if precision == "bf16x6" else 1
+    wide = addressable(problem, pass_, torch.bfloat16)
+    found = []
+    for tile in tiles:
+        if tile.half and least > 1 and not wgrad:
+            continue  # it shares no depth
+        size = tile.rows * (tile.channels * tile.taps if wgrad else tile.pixels + tile.pixels // 2 * tile.half)
+        if tile.formulation == "gather":  # a step's products have a sum of their own before they are added
+            most = (4096 if wgrad else 8192) // (1 if wide else 2)
+            if size <= most and (tile.pixels if wgrad else tile.block_c) <= 32:  # steps of 64 spill
+                found.append(replace(tile, num_warps=8) if size > 4096 or wgrad or not wide else tile)
+            continue
+        if gpu.arch >= 100 and (size > 32_768 or tile.taps == 2):
+            continue
+        # There fp32 outputs line up for their store.
+        if not wgrad and 4 * tile.block_k * tile.pixels > gpu.shared_block:
+            continue
+        if (tile.block_k2 and tile.taps == 2) or (gpu.arch >= 100 and size > 16_384):
+            tile = replace(tile, num_warps=8)
+        found.append(tile if least == 1 else replace(tile, splits=max(tile.splits, least), tail=0))
+    return list(dict.fromkeys(found))
+
+
+def _depths(channels: int, dtype: torch.dtype) -> list[int]:
+    """Steps of 128 bytes of the channels, and of half as many if they leave less of a tap's last step empty.
+
+    Shorter ones have more barriers than products to hide them: 36 other instructions for each.
+    """
+    whole = 128 // dtype.itemsize
+    covered, by_half = (-(-channels // depth) * depth for depth in (whole, whole // 2))
+    return [whole, whole // 2] if by_half < covered else [whole]
+
+
+def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    found = []
+    # Outputs that no descriptor reaches take an address each: compiled for sm_90, 192 of a thread spill 150 times, 128
+    # of four bytes 102 times, and so do 64 where a second way out is for shared tiles.
+    odd = problem.group_filters * dtype.itemsize % 16 != 0
+    rows_of = ((64, 0), (128, 0), (256, 0), (128, 64), (64, 64), (128, 128))
+    for depth, pixels, (block_k, block_k2), half in itertools.product(
+        _depths(problem.group_channels, dtype), (64, 128, 256, 512), rows_of, (False, True)
+    ):
+        rows, shift = block_k + block_k2, block_k == block_k2
+        columns = pixels + pixels // 2 * half
+        # A shifted product multiplies pixels beyond its taps by zero: harmless in a gradient, but a forward pass would
+        # carry a NaN or an infinity one column too far.
+        if shift and (pass_ != "dgrad" or problem.stride[1] != 1 or problem.dilation[1] != 1 or problem.S == 1):
+            continue
+        # Sums of 24,576 elements are the most that four warps hold without spilling (219 registers), twice that eight.
+        # Compiled for one tap, transposed filters of 128 rows or more wait for every product; 128 + 64 do not.
+        if pass_ == "dgrad" and problem.taps == 1 and block_k > 64 and not block_k2:
+            continue
+        # Triton 3.6 makes products of 192 x 256 wait for each other; 3.7 does not.
+        if rows * columns > 32_768 and triton_version() < (3, 7):
+            continue
+        if rows * columns > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
+            continue
+        warps = 4 if rows * columns <= (32_768 // dtype.itemsize if odd else 24_576) else 8
+        if odd and rows * columns > 65_536 // dtype.itemsize:
+            continue
+        most = 4 * 128 // (depth * dtype.itemsize)
+        stages = min(most, (gpu.shared_block - 2048) // ((rows + columns) * depth * dtype.itemsize))
+        if stages < 2:
+            continue
+        if half and (odd or pixels not in (128, 256)):
+            continue
+        # For sm_120, whose products take registers, half a box more spills 224 bytes and up, 2 x 128 filters 160.
+        if gpu.arch >= 120 and (half or (shift and block_k > 64)):
+            continue
+        if dtype.itemsize * block_k * pixels > gpu.shared_block:  # outputs on their way out
+            continue
+        for box in _columns(problem, pixels, half) if shift else _boxes(problem, pixels):
+            formulation = "pixel" if box[1:] == (1, 1) else "box"
+            tile = ConvTile(formulation, box, block_k, depth, warps, stages, block_k2=block_k2, shift=shift, half=half)
+            if half:
+                found += [tile] if shift or (box[2] < problem.Q and box[0] * box[2] > 1) else []
+                continue
+            found += [tile, *_shared_depth(problem, tile, gpu)]
+            if stages == most == 4:  # fewer buffers may let one more program onto the SM
+                tile = replace(tile, num_stages=3)
+                found += [tile, *_shared_depth(problem, tile, gpu)]
+    return [tile for tile in found if not (odd and tile.tail)]
+
+
+def _boxes(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
+    """One pixel of many images, and the boxes that waste fewest pixels."""
+    images = min(power_of_two(problem.N), pixels)
+    found = [(pixels, 1, 1)] if images == pixels or problem.stride != (1, 1) or problem.P * problem.Q == 1 else []
+    if problem.stride != (1, 1):
+        return found
+    boxes = [
+        (n, pixels // n // columns, columns)
+        for n in powers(images)
+        for columns in powers(min(power_of_two(problem.Q), pixels // n))
+        if pixels // n // columns <= power_of_two(problem.P) and (n, columns) != (pixels, 1)
+    ]
+    return found + sorted(boxes, key=lambda box: (_covered(problem, box), -box[0], box[1]))[:3]
+
+
+def _columns(problem: Conv2dProblem, pixels: int, half: bool) -> list[tuple[int, int, int]]:
+    """Boxes of one column, with `half` with half a box below each."""
+    images = min(power_of_two(problem.N), pixels)
+    tall = [(n, pixels // n, 1) for n in powers(images) if pixels // n <= power_of_two(problem.P)]
+    tall = [box for box in tall if problem.stride[0] == 1 or box[1] == 1]
+    if half:
+        tall = [box for box in tall if box[1] > 1]
+    return sorted(tall, key=lambda box: (_covered(problem, (box[0], box[1] + box[1] // 2 * half, 1)), -box[0]))[:2]
+
+
+def _covered(problem: Conv2dProblem, box: tuple[int, int, int]) -> int:
+    extents = zip((problem.N, problem.P, problem.Q), box, strict=True)
+    return math.prod(-(-extent // size) * size for extent, size in extents)
+
+
+def _shared_depth(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[ConvTile]:
+    """The tile with its depth shared: everywhere, or where the last wave would leave most SMs idle."""
+    programs = tile.boxes(problem) * problem.groups * -(-problem.group_filters // tile.filters)
+    steps = problem.taps * -(-problem.group_channels // tile.block_c)
+    tail = programs % gpu.sms
+    found = [replace(tile, splits=splits) for splits in (2, 3, 4, 6, 8, 12, 16, 24, 32)
+             if steps >= 4 * splits and programs * splits <= 4 * gpu.sms]  # fmt: skip
+    if tail and programs > gpu.sms:
+        found += [replace(tile, splits=splits, tail=tail) for splits in (2, 3, 4, 6) if steps >= 4 * splits]
+    return found
+
+
+def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    depth = 128 // dtype.itemsize
+    found = []
+    # For sm_100 4-byte operands, which are turned on their way, take the shared memory of two more steps.
+    turned = 2 if gpu.arch // 10 == 10 and dtype.itemsize == 4 else 0
+    rows_of = ((64, 0), (128, 0), (256, 0), (128, 64))
+    columns_of = ((1, False), (2, False), (1, True))
+    for (block_k, block_k2), block_c, (taps, half) in itertools.product(rows_of, (64, 128, 256), columns_of):
+        rows, columns = block_k + block_k2, block_c * taps + block_c // 2 * half
+        if rows * columns > 49_152 or (taps == 2 and problem.taps == 1) or (half and block_c == 64):
+            continue
+        if gpu.arch >= 100 and not block_k2 and rows * columns > 16_384:
+            continue  # compiled for sm_100 the sums' way out of tensor memory spills
+        if half and gpu.arch >= 100 and not block_k2:
+            continue  # so it does with 64 x (128 + 64): 56 bytes
+        if gpu.arch >= 120 and (half or block_k2):
+            continue  # compiled for sm_120, whose products take registers, 16 to 1256 bytes spill
+        most = dtype.itemsize == 4 and block_k2 > 0 and taps == 2
+        as_turned = most or (dtype.itemsize == 4 and half)
+        if as_turned and not cost.turned(problem, dtype, "tf32", gpu):
+            continue  # 4-byte operands pass registers on their way, and the sums of four products leave too few: spills
+        warps = 8 if most or rows * columns > (24_576 if gpu.arch < 100 or block_k2 else 8192) else 4
+        for box in dict.fromkeys([*_boxes(problem, depth), *_lines(problem, depth)]):
+            stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128) - turned) * (depth // math.prod(box))
+            if stages < 2:
+                continue
+            formulation = "pixel" if box[1:] == (1, 1) else "box"
+            if as_turned and formulation == "box":
+                continue
+            tile = ConvTile(formulation, box, block_k, block_c, warps, stages, block_k2=block_k2, taps=taps, half=half)
+            shared = [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)]
+            found += [one for one in shared if not _waits(one, problem, dtype, gpu)]
+    return found
+
+
+def _lines(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
+    """Boxes along one axis, half as long where that covers fewer pixels: how tensor cores take a filter gradient's."""
+    along: list[Callable[[int], tuple[int, int, int]]] = [lambda images: (images, 1, 1)]
+    if problem.stride == (1, 1) and problem.groups == 1:
+        along.append(lambda columns: (1, 1, columns))
+    found = []
+    for box in along:
+        whole, half = box(pixels), box(pixels // 2)
+        found.append(half if _covered(problem, half) < _covered(problem, whole) else whole)
+    return found
+
+
+def _waits(tile: ConvTile, problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> bool:
+    """Whether a filter gradient's products wait for each other, or spill, as Triton 3.7.1 compiles them for sm_90.
+
+    A box along one axis is the matrix that tensor cores take; another passes registers on its way.  Then ptxas (its
+    remark C7515) waits for every product of 128 channels, of 256 where the sums leave as 2-byte elements, and of a
+    second row of products; not for those of 64 channels, nor for 256 with splits.  4-byte operands wait in any shape.
+    """
+    line = tile.box[1:] == (1, 1) or (tile.box[:2] == (1, 1) and problem.groups == 1)
+    if line or gpu.arch // 10 != 9:
+        return False
+    if tile.half:
+        return True
+    if dtype.itemsize == 4:
+        return tile.block_k2 > 0  # with 9 to 52 spills
+    return (
+        tile.block_c == 128 or (tile.block_c == 256 and tile.splits == 1) or (tile.block_c == 64 and tile.block_k2 > 0)
+    )
+
+
+def _splits(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[int]:
+    """How many programs may share the pixels of one tile of a filter gradient: up to four waves, eight steps each."""
+    channels = problem.group_channels * (problem.taps if tile.flat else 1)
+    taps = 1 if tile.flat else -(-problem.taps // tile.taps)
+    programs = -(-channels // tile.channels) * -(-problem.group_filters // tile.rows) * taps * problem.groups
+    steps = max(1, problem.N * problem.P * problem.Q // tile.pixels)
+    most = max(1, min(steps // 8, -(-4 * gpu.sms // programs)))
+    return sorted({*range(1, min(most, 12) + 1), *(1 << i for i in range(most.bit_length())), most})
+
+
+def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    if pass_ == "wgrad":
+        tiles = _gather_gradient_tiles(problem, dtype, gpu)
+        return [replace(tile, splits=splits) for tile in tiles for splits in _splits(problem, tile, gpu)]
+    if problem.group_channels < 16:
+        # Two-byte loads and their addresses fill the registers: 64 filters and 8 warps are the most without spills.
+        return [ConvTile("gather", (128, 1, 1), block_k, 32, 8, 2, flat=True) for block_k in (16, 32, 64)]
+    # Channels that do not come in 16 bytes are fetched one by one, those of fp16 through registers; filters that do not
+    # come in 8 bytes are stored one by one: with four warps 128 x 128 spills 2586 times and 128 x 64 161 times, with
+    # eight warps 128 x 64 never.
+    narrow = problem.group_channels * dtype.itemsize % 16 != 0 or problem.group_filters * dtype.itemsize % 8 != 0
+    depth, stages = 64 // dtype.itemsize, _gather_stages(gpu)
+    most = 8192 if dtype == torch.float32 or narrow else 16_384
+    found = [
+        (pixels, block_k, depth, 8 if narrow and pixels * block_k > 4096 else 4)
+        for pixels, block_k in itertools.product((64, 128), (16, 32, 64, 128))
+        if pixels * block_k <= most
+    ]
+    if gpu.arch < 90 and not narrow:
+        # Twice the depth has twice the products for a step's masks and offsets.  128 x 64 of it takes all registers of
+        # four warps, and so do 256 x 64 and 128 x 256: eight.
+        found += [(64, 16, 2 * depth, 4), (64, 32, 2 * depth, 4), (64, 64, 2 * depth, 4), (64, 128, 2 * depth, 4)]
+        found += [(128, 64, 2 * depth, 8), (128, 128, depth, 8), (128, 128, 2 * depth, 8)]
+        if dtype.itemsize == 2:
+            found += [(256, 64, depth, 8), (128, 256, depth, 8), (256, 128, depth, 8)]
+    return [ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, stages)
+            for pixels, block_k, block_c, warps in found]  # fmt: skip
+
+
+def _gather_stages(gpu: GPU) -> int:
+    return 4 if gpu.shared_block > 120_000 else 3
+
+
+def _gather_gradient_tiles(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    """The tiles of a filter gradient, their pixels not yet split."""
+    depth = 64 // dtype.itemsize
+    wide = problem.group_channels * dtype.itemsize % 16 == 0 and problem.group_filters * dtype.itemsize % 8 == 0
+    if gpu.arch < 90 and wide and problem.N % depth == 0:  # steps of whole images: few registers go into addresses
+        sizes = [(32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
+        found = [(pixels, *size) for pixels in (depth, 2 * depth) if problem.N % pixels == 0 for size in sizes]
+        if problem.N % (2 * depth) == 0:
+            found.append((2 * depth, 32, 128, 4))  # shorter steps of it spill for sm_89
+        if dtype.itemsize == 2:
+            found += [(depth, 128, 256, 8), (depth, 256, 128, 8)]
+        return [ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, _gather_stages(gpu), flat=True)
+                for pixels, block_k, block_c, warps in found]  # fmt: skip
+    return [
+        ConvTile("gather", (pixels, 1, 1), block_k, block_c, 8, 3, flat=True)
+        for pixels, block_k, block_c in itertools.product((depth, 2 * depth), (32, 64, 128), (32, 64, 128))
+        if block_k * block_c * dtype.itemsize <= 32_768  # 128 x 128 of 4-byte elements spills
+        and (pixels == depth or min(block_k, block_c) == 128)
+    ]
+
+
+def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    """fp64, and fp32 at its own precision: registers, not tensor cores, set the size."""
+    size = 32 if dtype == torch.float64 else 64
+    flat = pass_ == "wgrad" or problem.group_channels < 16
+    if pass_ == "wgrad":
+        gather = ConvTile("gather", (16, 1, 1), 32, 32, 4, 2, flat=True)
+        found = [replace(gather, splits=splits) for splits in _splits(problem, gather, gpu)]
+    else:
+        found = [ConvTile("gather", (size, 1, 1), size, 16, 4, 2, flat=flat)]
+    if not gpu.has_descriptors or not addressable(problem, pass_, dtype):
+        return found
+    depth, block_c = (16, 32) if pass_ == "wgrad" else (64, 16)
+    for box in _boxes(problem, depth):
+        formulation = "pixel" if box[1:] == (1, 1) else "box"
+        tile = ConvTile(formulation, box, 32 if pass_ == "wgrad" else 64, block_c, 4, 2)
+        found += (
+            [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)] if pass_ == "wgrad" else [tile]
+        )
+    return found

@@ -1,0 +1,173 @@
+"""Tiles of convolution kernels: what they are, and which ones can run a problem."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.hardware import GPU
+
+FORMULATIONS = ("pixel", "box", "gather")
+PASSES = ("fprop", "dgrad", "wgrad")
+MAX_NUMEL = 1 << 20  # Triton's limit for the elements of one block
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """What one program of a convolution kernel makes, or in wgrad sums over: a box of output pixels x block_k filters.
+
+    `box` is (images, rows, columns).  "pixel" has one row and one column; "gather" counts flat pixels in box[0].
+    `block_c` is the depth of one step; `flat` steps through (r, s, c) flattened instead of through the channels.
+    `block_k2` filters more share its pixels in a second product.  `splits` programs share the depth of a tile: of all
+    tiles, or of the last `tail` ones, those that would leave most of the GPU idle in their wave.  With `shift` the
+    second product makes the next output column, from the same pixels and the same filters.  With `half` a program makes
+    half a box more with the same filters: boxes cover the first columns of the output, half boxes the others; with
+    `shift` the half box lies below the box.
+    In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 or 2) taps, with `half` half as
+    many channels more of one tap, and `splits` share the pixels.
+    """
+
+    formulation: str
+    box: tuple[int, int, int]
+    block_k: int
+    block_c: int
+    num_warps: int = 4
+    num_stages: int = 3
+    flat: bool = False
+    splits: int = 1
+    block_k2: int = 0
+    tail: int = 0
+    taps: int = 1
+    shift: bool = False
+    half: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Filters of a program."""
+        return self.block_k + self.block_k2
+
+    @property
+    def filters(self) -> int:
+        """Different filters of a program."""
+        return self.block_k if self.shift else self.rows
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.box)
+
+    @property
+    def channels(self) -> int:
+        """Channels that a program of wgrad makes of a tap."""
+        return self.block_c + self.block_c // 2 * self.half
+
+    @property
+    def half_box(self) -> tuple[int, int, int] | None:
+        """Half a box: of its images, or of its columns if it has but one image; of its rows with `shift`."""
+        if not self.half:
+            return None
+        n, h, w = self.box
+        if self.shift:
+            return n, h // 2, w
+        return (n // 2, h, w) if n > 1 else (n, h, w // 2)
+
+    def whole_columns(self, problem: Conv2dProblem) -> int:
+        """With `half`, not `shift`: how many columns of the output boxes cover so that the fewest programs make all."""
+        return min(range(self.box[2], problem.Q, self.box[2]), key=lambda columns: self._in_row(problem, columns))
+
+    def _in_row(self, problem: Conv2dProblem, whole: int) -> int:
+        """Programs of one row of boxes, where boxes cover the first `whole` columns and half boxes the others."""
+        assert self.half_box is not None
+        return max(
+            -(-problem.N // box[0]) * -(-columns // box[2])
+            for box, columns in ((self.box, whole), (self.half_box, problem.Q - whole))
+        )
+
+    def boxes(self, problem: Conv2dProblem) -> int:
+        """How many boxes cover the outputs of one group; with `shift` a box stands for two columns.
+
+        With `half` a box and the half box beside it count as one.
+        """
+        n, h, w = self.box
+        if self.half and not self.shift:
+            return -(-problem.P // h) * self._in_row(problem, self.whole_columns(problem))
+        h += h // 2 * self.half
+        return -(-problem.N // n) * -(-problem.P // h) * -(-problem.Q // (w + self.shift))
+
+    def __str__(self) -> str:
+        box = "x".join(map(str, self.box)) if self.formulation == "box" else str(self.pixels)
+        flat = " flat" if self.flat else ""
+        splits = (f" /{self.splits}" + (f" of {self.tail}" if self.tail else "")) if self.splits > 1 else ""
+        rows = f"({self.block_k}+{self.block_k2})" if self.block_k2 else str(self.block_k)
+        rows = f"2x{self.block_k}" if self.shift else rows
+        size = f"{box}*{rows}*{self.block_c}" + (f"*{self.taps} taps" if self.taps > 1 else "")
+        size += " +half" if self.half else ""
+        return f"{self.formulation} {size}{flat}{splits} w{self.num_warps} s{self.num_stages}"
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below `value`."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def powers(limit: int) -> list[int]:
+    """1, 2, 4, ... up to `limit`."""
+    return [1 << i for i in range(limit.bit_length())]
+
+
+def addressable(problem: Conv2dProblem, pass_: str, dtype: torch.dtype) -> bool:
+    """Whether tensor descriptors reach the operands: every row pitch a multiple of 16 bytes, no 8-byte elements."""
+    pitches = [problem.group_channels] + ([] if pass_ == "fprop" else [problem.group_filters])
+    return dtype.itemsize <= 4 and all(pitch * dtype.itemsize % 16 == 0 for pitch in pitches)
+
+
+def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> str | None:
+    """The one predicate: None if `tile` can run `problem` on `gpu`, else the reason why not."""
+    extents = {"box": tile.pixels, "block_k": tile.block_k, "block_c": tile.block_c}
+    if tile.formulation not in FORMULATIONS:
+        return f"formulation={tile.formulation!r} is unknown: allowed are {', '.join(FORMULATIONS)}"
+    for name, extent in extents.items():
+        if extent < 16 or extent != power_of_two(extent):
+            return f"{name}={extent} must be a power of two of at least 16"
+    if tile.shift:
+        ready = problem.stride[1] == problem.dilation[1] == tile.box[2] == 1 and tile.block_k2 == tile.block_k
+        if pass_ == "wgrad" or tile.formulation == "gather" or not ready:
+            return (
+                "shift needs fprop or dgrad, one column a box, stride and dilation 1 along it, and block_k2 = block_k"
+            )
+    elif tile.block_k2 and (tile.block_k2 != power_of_two(tile.block_k2) or not 16 <= tile.block_k2 < tile.block_k):
+        return f"block_k2={tile.block_k2} must be 0 or a power of two of at least 16, below block_k={tile.block_k}"
+    if tile.half:
+        ready = tile.box[1] > 1 if tile.shift else tile.box[0] * tile.box[2] > 1 and tile.box[2] < problem.Q
+        ready = ready and tile.splits == 1
+        if pass_ == "wgrad":
+            ready = tile.taps == 1 and tile.block_c >= 32
+        if tile.formulation == "gather" or not ready:
+            return (
+                "half needs box or pixel; in fprop and dgrad splits 1, a box of two images or columns and columns "
+                "beside it (with shift a box of two rows); in wgrad taps 1 and block_c of at least 32"
+            )
+    if tile.splits < 1 or tile.tail < 0:
+        return f"splits={tile.splits} must be at least 1 and tail={tile.tail} at least 0"
+    if (tile.block_k2 or (tile.splits > 1 and pass_ != "wgrad")) and tile.formulation == "gather":
+        return "formulation='gather' has no second product and no splits"
+    if tile.taps not in ((1, 2) if pass_ == "wgrad" and tile.formulation != "gather" else (1,)):
+        return f"taps={tile.taps}: allowed are 1, and 2 in wgrad where formulation is not gather"
+    if max(tile.block_k * tile.pixels, max(tile.block_k, tile.pixels) * tile.block_c) > MAX_NUMEL:
+        return f"{tile} has a block of more than {MAX_NUMEL} elements"
+    if tile.formulation == "gather":
+        return None if tile.box[1:] == (1, 1) else f"box={tile.box}: gather counts flat pixels in box[0]"
+    if not gpu.has_descriptors:
+        return f"formulation={tile.formulation!r} needs tensor descriptors (sm_90 or newer); this is {gpu.name}"
+    if not addressable(problem, pass_, dtype):
+        return (
+            f"formulation={tile.formulation!r} needs a group's channels (its filters too in dgrad and wgrad) in "
+            f"multiples of 16 bytes: {problem.group_channels} channels, {problem.group_filters} filters of {dtype}"
+        )
+    if tile.formulation == "pixel":
+        return None if tile.box[1:] == (1, 1) else f"box={tile.box}: pixel takes one row and one column"
+    if problem.stride != (1, 1):
+        return f"formulation='box' needs stride 1, this problem has {problem.stride}"
+    return None
