@@ -174,6 +174,8 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             continue
         if gpu.arch >= 100 and not block_k2 and rows * columns > 16_384:
             continue  # compiled for sm_100 the sums' way out of tensor memory spills
+        if half and dtype.itemsize == 4 and rows * columns > 32_768 and triton_version() < (3, 7):
+            continue  # Triton 3.6 makes products of 128 x 384 wait for each other
         if half and gpu.arch >= 100 and not block_k2:
             continue  # so it does with 64 x (128 + 64): 56 bytes
         if gpu.arch >= 120 and (half or block_k2):

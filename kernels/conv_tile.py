@@ -75,7 +75,13 @@ class ConvTile:
 
     def whole_columns(self, problem: Conv2dProblem) -> int:
         """With `half`, not `shift`: how many columns of the output boxes cover so that the fewest programs make all."""
-        return min(range(self.box[2], problem.Q, self.box[2]), key=lambda columns: self._in_row(problem, columns))
+        assert self.half_box is not None
+        # More columns take programs for boxes and save those for half boxes: the fewest are where the two meet.
+        whole, half = (-(-problem.N // box[0]) / box[2] for box in (self.box, self.half_box))
+        near = int(problem.Q * half / (whole + half)) // self.box[2] * self.box[2]
+        candidates = range(near - self.box[2], near + 3 * self.box[2], self.box[2])
+        inside = [columns for columns in candidates if self.box[2] <= columns < problem.Q]
+        return min(inside, key=lambda columns: self._in_row(problem, columns))
 
     def _in_row(self, problem: Conv2dProblem, whole: int) -> int:
         """Programs of one row of boxes, where boxes cover the first `whole` columns and half boxes the others."""

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -138,6 +139,7 @@ def occupancy(registers_: int, shared: int, num_warps: int, gpu: GPU) -> int:
     return max(0, min(by_registers, gpu.shared_sm // (shared + 1024), gpu.warps_sm // num_warps, 32))
 
 
+@lru_cache(maxsize=8192)
 def _reached(
     outputs: int, window: int, stride: int, before: int, dilation: int, extent: int, box: int, shift: int = 0
 ) -> Pair:
@@ -265,11 +267,10 @@ def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
             problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w,
             int(tile.shift),
         )  # fmt: skip
-        boxes = images * rows * cols
-        steps = row_pairs * col_pairs / (rows * cols) * -(-C // tile.block_c)
+        boxes, taps_of_row = images * rows * cols, col_pairs / cols
         if tile.half and not tile.shift:  # a box and its half box lie apart: together they miss no tap of a row
-            boxes = tile.boxes(problem)
-            steps = row_pairs / rows * problem.S * -(-C // tile.block_c)
+            boxes, taps_of_row = tile.boxes(problem), problem.S
+        steps = row_pairs / rows * taps_of_row * -(-C // tile.block_c)
         pixels += pixels // 2 * tile.half
         columns = problem.N * problem.P * problem.Q / (boxes * pixels * (1 + tile.shift))
         inside = C / (-(-C // tile.block_c) * tile.block_c)
@@ -288,14 +289,14 @@ def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
         columns, taps = C, -(-problem.taps // tile.taps)
         n, h, w = tile.box
         reached = 1.0
-        for outputs, window, stride, before, dilation, extent, box in (
-            (problem.P, problem.R, problem.stride[0], problem.padding[0][0], problem.dilation[0], problem.H, h),
-            (problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w),
-        ):
+        for axis, outputs, window, extent, box in (
+            (0, problem.P, problem.R, problem.H, h), (1, problem.Q, problem.S, problem.W, w),
+        ):  # fmt: skip
+            before, stride, dilation = problem.padding[axis][0], problem.stride[axis], problem.dilation[axis]
             boxes, pairs = _reached(outputs, window, stride, before, dilation, extent, box)
             # Two taps of a row share a run of pixels that holds those of both.
-            lost = (boxes - pairs / window) / 2 if tile.taps == 2 else 0.0
-            reached *= pairs / window + (lost if outputs == problem.Q else 0.0)
+            lost = (boxes - pairs / window) / 2 if tile.taps == 2 and axis == 1 else 0.0
+            reached *= pairs / window + lost
         steps = reached * -(-problem.N // n)
     column_tiles = -(-columns // tile.channels)
     tiles = row_tiles * column_tiles * taps * problem.groups

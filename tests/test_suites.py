@@ -539,6 +539,23 @@ def test_odd_channels_and_large_depthwise_windows_do_not_spill():
     assert [(r["layer"], r["pass"], r["dtype"], r["failure"]) for r in rows if r["failure"] or r["stack_bytes"]] == []
 
 
+EIGHTS = """
+layers:
+  - {name: "72", op: conv2d, batch: 128, input: 72x56x56, filters: 72, kernel: 3, padding: 1}
+  - {name: "136", op: conv2d, batch: 64, input: 136x14x14, filters: 232, kernel: 3, padding: 1}
+"""
+
+
+@pytest.mark.slow
+def test_filter_gradients_of_channels_in_eights_do_not_spill(written):
+    rows = compiled(written(EIGHTS), "sm_90", dtypes=["fp16", "tf32"], passes=["wgrad"])
+    main = [row for row in rows if row["role"] == "main"]
+    assert [(row["layer"], row["dtype"], row["kernel"]) for row in main] == [
+        (layer, dtype, "wgrad_box") for dtype in ("fp16", "tf32") for layer in ("72", "136")
+    ]
+    assert [(row["layer"], row["dtype"], row["stack_bytes"]) for row in rows if row["stack_bytes"]] == []
+
+
 @pytest.mark.slow
 def test_workers_rebuild_users_suites(written, models):
     for suite, layers in ((written(YAML), ["stem"]), (f"{models}:small", [])):

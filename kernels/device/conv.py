@@ -145,7 +145,7 @@ def fprop_box(
     NEXT_K: tl.constexpr = BLOCK_K2 if SHIFT else BLOCK_K + BLOCK_K2
     ROWS: tl.constexpr = BLOCK_K + BLOCK_K2
     BELOW: tl.constexpr = HALF * SHIFT
-    HALF_N: tl.constexpr = BOX_N if BELOW else (BOX_N + 1) // 2
+    HALF_N: tl.constexpr = BOX_N if BELOW or BOX_N == 1 else BOX_N // 2
     HALF_H: tl.constexpr = BOX_H // 2 if BELOW else BOX_H
     HALF_W: tl.constexpr = BOX_W if BELOW or BOX_N > 1 else BOX_W // 2
     TALL: tl.constexpr = BOX_H + HALF_H * BELOW

@@ -206,6 +206,7 @@ def plan_wgrad(
             "dy": describe(matrices["dy"], planes, tile.box, tile.block_k),
             "dy2": describe(matrices["dy"], planes, tile.box, tile.block_k2) if tile.block_k2 else None,
             "TAPS": tile.taps, "BLOCK_K2": tile.block_k2, "HALF": int(tile.half),
+            "UNIT": 16 // x.itemsize if problem.group_channels % 16 else 0,
             "pitch_xh": x.stride(2), "pitch_xw": x.stride(3), "pitch_yp": dy.stride(2), "pitch_yq": dy.stride(3),
             "stride_h": problem.stride[0], "stride_w": problem.stride[1],
             "PIXEL": 2 if turned else int(tile.formulation == "pixel"), "BOX_N": tile.box[0],
