@@ -87,8 +87,10 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
         # Compiled for one tap, transposed filters of 128 rows or more wait for every product; 128 + 64 do not.
         if pass_ == "dgrad" and problem.taps == 1 and block_k > 64 and not block_k2:
             continue
-        # Triton 3.6 makes products of 192 x 256 wait for each other; 3.7 does not.
-        if rows * columns > 32_768 and triton_version() < (3, 7):
+        # Triton 3.6 makes products of 192 x 256 wait for each other, but not those of 2-byte filters that it turns; 3.7
+        # makes none wait.
+        turned = pass_ == "dgrad" and dtype.itemsize == 2
+        if rows * columns > 32_768 and not turned and triton_version() < (3, 7):
             continue
         if rows * columns > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
             continue
@@ -174,8 +176,9 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             continue
         if gpu.arch >= 100 and not block_k2 and rows * columns > 16_384:
             continue  # compiled for sm_100 the sums' way out of tensor memory spills
-        if half and dtype.itemsize == 4 and rows * columns > 32_768 and triton_version() < (3, 7):
-            continue  # Triton 3.6 makes products of 128 x 384 wait for each other
+        wide = (half and block_c == 256) or (block_k == 256 and columns >= 128)
+        if wide and dtype.itemsize == 4 and triton_version() < (3, 7):
+            continue  # Triton 3.6 makes products of 128 x 384 and of 256 x 128 wait for each other
         if half and gpu.arch >= 100 and not block_k2:
             continue  # so it does with 64 x (128 + 64): 56 bytes
         if gpu.arch >= 120 and (half or block_k2):
