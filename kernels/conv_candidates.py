@@ -176,11 +176,11 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             continue
         if gpu.arch >= 100 and not block_k2 and rows * columns > 16_384:
             continue  # compiled for sm_100 the sums' way out of tensor memory spills
+        if half and gpu.arch >= 100 and not block_k2:
+            continue  # so it does with 64 x (128 + 64): 56 bytes
         wide = (half and block_c == 256) or (block_k == 256 and columns >= 128)
         if wide and dtype.itemsize == 4 and triton_version() < (3, 7):
             continue  # Triton 3.6 makes products of 128 x 384 and of 256 x 128 wait for each other
-        if half and gpu.arch >= 100 and not block_k2:
-            continue  # so it does with 64 x (128 + 64): 56 bytes
         if gpu.arch >= 120 and (half or block_k2):
             continue  # compiled for sm_120, whose products take registers, 16 to 1256 bytes spill
         most = dtype.itemsize == 4 and block_k2 > 0 and taps == 2

@@ -31,18 +31,24 @@ class _Conv2d(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         input, weight, output = ctx.saved_tensors
-        to_input = to_weight = to_bias = None
+        to_bias = None
         if ctx.needs_input_grad[2]:
             grad, to_bias = (grad, bias_grad(grad)) if output is None else relu_bias_grad(grad, output)
         elif output is not None:
             grad = relu_backward(grad, output)
-        if ctx.needs_input_grad[0]:
-            to_input = conv2d_dgrad(
-                grad, weight, ctx.shapes[0], *ctx.geometry, ctx.precision, ctx.channels_last, ctx.batch_invariant
-            )
-        if ctx.needs_input_grad[1]:
-            to_weight = conv2d_wgrad(grad, input, ctx.shapes[1], *ctx.geometry, ctx.precision)
-        return then_nones(to_input, to_weight, to_bias, count=8)
+        return then_nones(*_to_operands(ctx, grad, input, weight), to_bias, count=8)
+
+
+def _to_operands(ctx: Any, grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor) -> Gradients:
+    """The gradients of input and weight, each if it is asked for, from that of what is ahead of bias and activation."""
+    to_input = to_weight = None
+    if ctx.needs_input_grad[0]:
+        to_input = conv2d_dgrad(
+            grad, weight, ctx.shapes[0], *ctx.geometry, ctx.precision, ctx.channels_last, ctx.batch_invariant
+        )
+    if ctx.needs_input_grad[1]:
+        to_weight = conv2d_wgrad(grad, input, ctx.shapes[1], *ctx.geometry, ctx.precision)
+    return to_input, to_weight
 
 
 class _LinearDropout(Function):
@@ -53,6 +59,7 @@ class _LinearDropout(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         input, weight, _, seed, ctx.dropout, ctx.activation, ctx.precision, ctx.batch_invariant = inputs
+        ctx.geometry, ctx.channels_last = OF_LINEAR, False
         ctx.shapes = input.shape, weight.shape
         ctx.save_for_backward(
             input if ctx.needs_input_grad[1] else None,
@@ -63,7 +70,7 @@ class _LinearDropout(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         input, weight, kept = ctx.saved_tensors
-        to_input = to_weight = to_bias = None
+        to_bias = None
         if not ctx.activation:
             grad = dropout(grad.contiguous(), kept, ctx.dropout)
             to_bias = bias_grad(grad) if ctx.needs_input_grad[2] else None
@@ -72,11 +79,7 @@ class _LinearDropout(Function):
             grad, to_bias = relu_bias_grad(grad, kept, ctx.dropout)
         else:
             grad = relu_backward(grad, kept, ctx.dropout)
-        if ctx.needs_input_grad[0]:
-            to_input = conv2d_dgrad(grad, weight, ctx.shapes[0], *OF_LINEAR, ctx.precision, False, ctx.batch_invariant)
-        if ctx.needs_input_grad[1]:
-            to_weight = conv2d_wgrad(grad, input, ctx.shapes[1], *OF_LINEAR, ctx.precision)
-        return then_nones(to_input, to_weight, to_bias, count=5)
+        return then_nones(*_to_operands(ctx, grad, input, weight), to_bias, count=5)
 
 
 class _Dgrad(Function):
