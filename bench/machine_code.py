@@ -185,8 +185,15 @@ def read_function(function: Function, registers: int, stack_bytes: int) -> Machi
     mma = Counter(i.opcode for i in code if is_mma(i))
     if loop is not None and not mma:
         mma = Counter(i.base for i in code if i.base in ("FFMA", "FFMA2", "DFMA", "HFMA2"))
-    # ptxas puts this wait after every product when it cannot keep them in flight (its remark C7515).
-    waits = any(i.opcode == "WARPGROUP.DEPBAR.LE" and i.arguments[:2] == ["gsb0", "0x0"] for i in code)
+    # ptxas puts this wait after every product when it cannot keep them in flight (its remark C7515).  A kernel's other
+    # loops count too: those of the last tiles, or of the small products of parts.
+    waits = any(
+        function.instructions[i].opcode == "WARPGROUP.DEPBAR.LE"
+        and function.instructions[i].arguments[:2] == ["gsb0", "0x0"]
+        for loop in function.graph.loops
+        if any(is_mma(function.instructions[i]) for i in loop.body)
+        for i in loop.body
+    )
     return MachineCode(
         registers=registers,
         stack_bytes=stack_bytes,

@@ -110,6 +110,9 @@ def _fprop_box(a: Arguments) -> Traffic:
     w, w_ranges = _beside_each_other(a, columns)
     filter_tiles = _cdiv(K, _filters(a))
     pixels = h * w * C * groups * filter_tiles * size * len(_products(a["PARTS"]))
+    narrow = _narrow_tiles(a, rows, columns, filter_tiles)
+    more = (a["BLOCK_K"] + a["BLOCK_K2"]) // a["BLOCK_K2"] - 1 if narrow else 0
+    pixels += more * sum(narrow) * C * size
     filters = 0
     for ((r0, r1), r_count), ((s0, s1), s_count) in itertools.product(h_ranges.items(), w_ranges.items()):
         taps = itertools.product(range(r0, r1), range(s0, s1))
@@ -119,8 +122,21 @@ def _fprop_box(a: Arguments) -> Traffic:
     written = whole * _itemsize(a["y"]) + partial * 4
     weights = groups * K * C * a["R"] * a["S"] * size * a["PARTS"]
     least = _image_bytes(a) + weights + written + (groups * K * _itemsize(a["bias"]) if bias_bytes else 0)
-    finished = a["FULL"] * (2 if a["BLOCK_K2"] else 1)
+    finished = a["FULL"] * (2 if a["BLOCK_K2"] else 1) + len(narrow) * (1 + more)
     return _drawn(a, finished, Traffic(pixels + filters * size + bias_bytes, written, least))
+
+
+def _narrow_tiles(a: Arguments, rows: _Axis, columns: _Axis, filter_tiles: int) -> list[int]:
+    """Pixels that a program loads for each of the tiles whose filters are shared: those from FULL on."""
+    if not a["NARROW"]:
+        return []
+
+    def loaded(axis: _Axis) -> list[int]:
+        return [axis.rows([start])[0] for start in range(0, axis.outputs, axis.box)]
+
+    images = [_clip(n, a["BOX_N"], a["N"]) for n in range(0, a["N"], a["BOX_N"])]
+    tiles = itertools.product(images, loaded(rows), loaded(columns), range(a["GROUPS"] * filter_tiles))
+    return [n * h * w for n, h, w, _ in itertools.islice(tiles, a["FULL"], None)]
 
 
 def _beside_each_other(a: Arguments, axis: _Axis) -> tuple[int, Counter[tuple[int, int]]]:

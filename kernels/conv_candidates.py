@@ -39,8 +39,8 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
     wide = addressable(problem, pass_, torch.bfloat16)
     found = []
     for tile in tiles:
-        if tile.half and least > 1 and not wgrad:
-            continue  # it shares no depth
+        if not wgrad and (tile.narrow or (tile.half and least > 1)):
+            continue  # their programs multiply no parts, or share no depth
         size = tile.rows * (tile.channels * tile.taps if wgrad else tile.pixels + tile.pixels // 2 * tile.half)
         if tile.formulation == "gather":  # a step's products have a sum of their own before they are added
             most = (4096 if wgrad else 8192) // (1 if wide else 2)
@@ -59,13 +59,13 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
 
 
 def _depths(channels: int, dtype: torch.dtype) -> list[int]:
-    """Steps of 128 bytes of the channels, and of half as many if they leave less of a tap's last step empty.
+    """Steps of 128 bytes of the channels, of 64 if those leave less of a tap's depth empty, of 256 if no more.
 
     Shorter ones have more barriers than products to hide them: 36 other instructions for each.
     """
     whole = 128 // dtype.itemsize
-    covered, by_half = (-(-channels // depth) * depth for depth in (whole, whole // 2))
-    return [whole, whole // 2] if by_half < covered else [whole]
+    by_half, covered, by_two = (-(-channels // depth) * depth for depth in (whole // 2, whole, 2 * whole))
+    return [whole] + [whole // 2] * (16 * by_half <= 15 * covered) + [2 * whole] * (by_two == covered)
 
 
 def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
@@ -73,7 +73,7 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
     # Outputs that no descriptor reaches take an address each: compiled for sm_90, 192 of a thread spill 150 times, 128
     # of four bytes 102 times, and so do 64 where a second way out is for shared tiles.
     odd = problem.group_filters * dtype.itemsize % 16 != 0
-    rows_of = ((64, 0), (128, 0), (256, 0), (128, 64), (64, 64), (128, 128))
+    rows_of = ((64, 0), (128, 0), (256, 0), (128, 64), (256, 128), (64, 64), (128, 128))
     for depth, pixels, (block_k, block_k2), half in itertools.product(
         _depths(problem.group_channels, dtype), (64, 128, 256, 512), rows_of, (False, True)
     ):
@@ -97,7 +97,12 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
         warps = 4 if rows * columns <= (32_768 // dtype.itemsize if odd else 24_576) else 8
         if odd and rows * columns > 65_536 // dtype.itemsize:
             continue
-        most = 4 * 128 // (depth * dtype.itemsize)
+        # Long steps are for small tiles, whose products are few beside a step's barriers: with 64 x 192 13 other
+        # instructions for each instead of 22.  Larger tiles have no room for three buffers of them, and shifted ones
+        # spill 16 bytes for sm_100.
+        most = max(3, 4 * 128 // (depth * dtype.itemsize))
+        if depth * dtype.itemsize > 128 and (rows + columns > 256 or shift):
+            continue
         stages = min(most, (gpu.shared_block - 2048) // ((rows + columns) * depth * dtype.itemsize))
         if stages < 2:
             continue
@@ -160,6 +165,8 @@ def _shared_depth(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[Conv
              if steps >= 4 * splits and programs * splits <= 4 * gpu.sms]  # fmt: skip
     if tail and programs > gpu.sms:
         found += [replace(tile, splits=splits, tail=tail) for splits in (2, 3, 4, 6) if steps >= 4 * splits]
+        if tile.block_k2 and not tile.shift:
+            found.append(replace(tile, tail=tail))
     return found
 
 

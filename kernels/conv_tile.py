@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,10 +22,10 @@ class ConvTile:
     `box` is (images, rows, columns).  "pixel" has one row and one column; "gather" counts flat pixels in box[0].
     `block_c` is the depth of one step; `flat` steps through (r, s, c) flattened instead of through the channels.
     `block_k2` filters more share its pixels in a second product.  `splits` programs share the depth of a tile: of all
-    tiles, or of the last `tail` ones, those that would leave most of the GPU idle in their wave.  With `shift` the
-    second product makes the next output column, from the same pixels and the same filters.  With `half` a program makes
-    half a box more with the same filters: boxes cover the first columns of the output, half boxes the others; with
-    `shift` the half box lies below the box.
+    tiles, or of the last `tail` ones, those that would leave most of the GPU idle in their wave; with `tail` and one
+    split they share the filters of those, block_k2 each.  With `shift` the second product makes the next output column,
+    from the same pixels and the same filters.  With `half` a program makes half a box more with the same filters: boxes
+    cover the first columns of the output, half boxes the others; with `shift` the half box lies below the box.
     In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 or 2) taps, with `half` half as
     many channels more of one tap, and `splits` share the pixels.
     """
@@ -62,6 +62,13 @@ class ConvTile:
     def channels(self) -> int:
         """Channels that a program of wgrad makes of a tap."""
         return self.block_c + self.block_c // 2 * self.half
+
+    @property
+    def narrow(self) -> ConvTile | None:
+        """What a program makes that shares the filters of one of the last tiles."""
+        if not self.tail or self.splits > 1:
+            return None
+        return replace(self, block_k=self.block_k2, block_k2=0, tail=0)
 
     @property
     def half_box(self) -> tuple[int, int, int] | None:
@@ -105,7 +112,8 @@ class ConvTile:
     def __str__(self) -> str:
         box = "x".join(map(str, self.box)) if self.formulation == "box" else str(self.pixels)
         flat = " flat" if self.flat else ""
-        splits = (f" /{self.splits}" + (f" of {self.tail}" if self.tail else "")) if self.splits > 1 else ""
+        splits = f" /{self.splits}" if self.splits > 1 else f" by {self.block_k2}" if self.tail else ""
+        splits += f" of {self.tail}" if self.tail else ""
         rows = f"({self.block_k}+{self.block_k2})" if self.block_k2 else str(self.block_k)
         rows = f"2x{self.block_k}" if self.shift else rows
         size = f"{box}*{rows}*{self.block_c}" + (f"*{self.taps} taps" if self.taps > 1 else "")
@@ -157,6 +165,11 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
             )
     if tile.splits < 1 or tile.tail < 0:
         return f"splits={tile.splits} must be at least 1 and tail={tile.tail} at least 0"
+    if tile.narrow and (pass_ == "wgrad" or tile.shift or tile.half or not tile.block_k2):
+        return (
+            f"tail={tile.tail} with splits=1 needs fprop or dgrad, and block_k2 filters beside block_k, without shift "
+            "and half"
+        )
     if (tile.block_k2 or (tile.splits > 1 and pass_ != "wgrad")) and tile.formulation == "gather":
         return "formulation='gather' has no second product and no splits"
     if tile.taps not in ((1, 2) if pass_ == "wgrad" and tile.formulation != "gather" else (1,)):

@@ -68,6 +68,8 @@ class Tile(Protocol):
     def pixels(self) -> int: ...
     @property
     def channels(self) -> int: ...
+    @property
+    def narrow(self) -> Tile | None: ...
     def boxes(self, problem: Conv2dProblem) -> int: ...
 
 
@@ -78,6 +80,7 @@ class Prediction:
     modelled_us: float
     floor_us: float
     bound_by: str
+    loop_us: float  # if DRAM were no bound
     tensor_us: float
     issue_us: float
     l2_us: float
@@ -174,7 +177,8 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
     shape = replace(shape, steps=shape.steps * products)
     stage = shape.stage_bytes(read_type.itemsize)
     shared_tiles = 0 if tile.splits == 1 else shape.tiles if pass_ == "wgrad" or not tile.tail else tile.tail
-    whole_tiles = shape.tiles - min(shared_tiles, shape.tiles)
+    narrow_tiles = min(tile.tail, shape.tiles) if tile.narrow else 0
+    whole_tiles = shape.tiles - min(shared_tiles, shape.tiles) - narrow_tiles
     partial = shape.rows * shape.columns * 4
     whole = shape.rows * shape.columns * item
     rate = _Rates(shape, tile, read_type, precision if products == 1 else "ieee", gpu)
@@ -184,13 +188,18 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
     threads_need = registers(shape.rows, shape.columns, tile.num_warps, gpu)
     buffers = tile.num_stages - (gpu.arch < 90)  # one stage is in registers there
     resident = max(1, occupancy(threads_need, stage * buffers, tile.num_warps, gpu))
-    cycles = rate.phase(whole_tiles, shape.steps, whole, resident)
     shared_ctas = min(shared_tiles, shape.tiles) * tile.splits
-    cycles += rate.phase(shared_ctas, shape.steps / tile.splits, partial, resident)
-    ctas = whole_tiles + shared_ctas
-    total_steps = shape.tiles * shape.steps
-    read = int(total_steps * shape.step_bytes(read_type.itemsize))
-    written = whole_tiles * whole + shared_ctas * partial
+    phases = [(rate, whole_tiles, shape.steps, whole), (rate, shared_ctas, shape.steps / tile.splits, partial)]
+    if tile.narrow:
+        few = replace(shape, rows=tile.narrow.rows)
+        rate = _Rates(few, tile.narrow, read_type, precision, gpu)
+        phases.append((rate, narrow_tiles * shape.rows // few.rows, shape.steps, few.rows * few.columns * item))
+    cycles = sum(rate.phase(ctas, steps, out, resident) for rate, ctas, steps, out in phases)
+    ctas = sum(phase[1] for phase in phases)
+    tensor = sum(ctas * steps * rate.tensor for rate, ctas, steps, _ in phases)
+    issue = sum(ctas * steps * rate.issue for rate, ctas, steps, _ in phases)
+    read = sum(ctas * steps * rate.bytes for rate, ctas, steps, _ in phases)
+    written = sum(ctas * out for _, ctas, _, out in phases)
     finish = 0.0
     if shared_ctas:
         moved = shared_ctas * partial + min(shared_tiles, shape.tiles) * whole
@@ -200,8 +209,8 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
     dram = 1e6 * (moved + (shared_ctas * partial if shared_ctas * partial > 40e6 else 0)) / (gpu.dram * DRAM_LOAD)
     loop = 1e6 * cycles / gpu.clock
     parts = {
-        "tensor": 1e6 * total_steps * rate.tensor / gpu.sms / gpu.clock,
-        "issue": 1e6 * total_steps * rate.issue / gpu.sms / gpu.clock,
+        "tensor": 1e6 * tensor / gpu.sms / gpu.clock,
+        "issue": 1e6 * issue / gpu.sms / gpu.clock,
         "L2": 1e6 * read / gpu.l2,
         "DRAM": dram,
     }
@@ -211,12 +220,13 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
         modelled_us=max(loop, dram) + finish,
         floor_us=floor_us(problem, dtype, precision, gpu),
         bound_by="waves" if loop > 1.25 * parts[bound] else bound,
-        tensor_us=parts["tensor"], issue_us=parts["issue"], l2_us=parts["L2"], dram_us=dram, finish_us=finish,
+        loop_us=loop, tensor_us=parts["tensor"], issue_us=parts["issue"], l2_us=parts["L2"], dram_us=dram,
+        finish_us=finish,
         ctas=ctas, ctas_per_sm=resident, waves=waves,
         wave_efficiency=ctas / gpu.sms / math.ceil(ctas / gpu.sms) if ctas else 1.0,
         useful_rows=shape.useful_rows, useful_columns=shape.useful_columns,
-        flops_done=int(total_steps * 2 * shape.rows * shape.columns * shape.depth / products),
-        flops_needed=problem.flops, bytes_read=read, bytes_written=written, bytes_least=least,
+        flops_done=int(shape.tiles * shape.steps * 2 * shape.rows * shape.columns * shape.depth / products),
+        flops_needed=problem.flops, bytes_read=int(read), bytes_written=written, bytes_least=least,
     )  # fmt: skip
 
 

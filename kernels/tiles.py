@@ -137,7 +137,7 @@ def _interpreter_tile(problem: Conv2dProblem, pass_: str, formulation: str) -> C
 def _best(
     problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> ConvTile:
-    """The candidate with the least predicted time; of equals the first."""
+    """The candidate with the least predicted time."""
     found = ranked(problem, pass_, formulation, dtype, precision, gpu)
     return found[0] if found else _impossible(formulation)
 
@@ -150,19 +150,30 @@ def _impossible(formulation: str | None) -> ConvTile:
 def ranked(
     problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> list[ConvTile]:
-    """The candidates by predicted time, the quickest first."""
+    """The candidates by predicted time, the quickest first.
+
+    Of equals (DRAM bounds many) that which the SMs alone would be quickest with, then that with fewest instructions.
+    """
     valid = _valid(problem, pass_, formulation, dtype, precision, gpu)
-    return sorted(valid, key=lambda tile: _time(tile, problem, pass_, dtype, precision, gpu))
+
+    def cost_of(tile: ConvTile) -> tuple[float, float, float]:
+        predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
+        return _time(tile, problem, pass_, dtype, precision, gpu), predicted.loop_us, predicted.issue_us
+
+    return sorted(valid, key=cost_of)
 
 
 def order(tile: ConvTile) -> tuple[object, ...]:
     """What decides in which order an output of fprop or dgrad is summed; for equal ones it has the same bits.
 
     Programs that share a depth divide the steps of their box, and how many those are depends on where its pixels lie.
-    Which tiles are shared with a tail depends on the batch.
+    Which tiles are shared with a tail depends on the batch.  By descriptors every step starts at a multiple of what a
+    product takes, so that its length has no say where one program goes through all of them.
     """
-    rows_and_columns = tile.box[1:] if tile.splits > 1 else None
-    return tile.formulation, tile.block_c, tile.flat, tile.shift, tile.splits, tile.tail, rows_and_columns
+    shared = tile.splits > 1
+    step = tile.block_c if shared or tile.formulation == "gather" else None
+    rows_and_columns, tail = (tile.box[1:], tile.tail) if shared else (None, 0)
+    return tile.formulation, step, tile.flat, tile.shift, tile.splits, tail, rows_and_columns
 
 
 def _best_for_any_batch(

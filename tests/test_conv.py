@@ -191,6 +191,7 @@ SHARED = {
     "the last three tiles in three": {"splits": 3, "tail": 3},
     "a second product": {"block_k": 32, "block_k2": 16},
     "a second product, shared": {"block_k": 32, "block_k2": 16, "splits": 2, "tail": 2},
+    "a second product, the filters of the last three tiles shared": {"block_k": 32, "block_k2": 16, "tail": 3},
     "the next column": {"box": (4, 4, 1), "block_k": 32, "block_k2": 32, "shift": True},
     "the next column, shared": {"box": (4, 4, 1), "block_k": 32, "block_k2": 32, "shift": True, "splits": 3, "tail": 4},
     "half a box of images more": {"block_k": 32, "block_k2": 16, "half": True},

@@ -83,8 +83,14 @@ def test_fprop_box(problem):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"splits": 3}, {"splits": 2, "tail": 5}, {"block_k2": 16}, {"block_k2": 16, "splits": 2, "tail": 4}],
-    ids=["all tiles shared", "the last five shared", "second product", "both"],
+    [
+        {"splits": 3},
+        {"splits": 2, "tail": 5},
+        {"block_k2": 16},
+        {"block_k2": 16, "splits": 2, "tail": 4},
+        {"block_k": 64, "block_k2": 16, "tail": 4},
+    ],
+    ids=["all tiles shared", "the last five shared", "second product", "both", "the last four by filters"],
 )
 def test_shared_depth_and_second_product(changes):
     problem = PROBLEMS["filters and channels end inside a block"]

@@ -42,6 +42,7 @@ WAYS = {
         torch.float32,
         tile=PIXEL | {"block_k": 32, "block_k2": 16, "splits": 2, "tail": 3},
     ),
+    "filters of the last tiles shared": Way(("fprop_box",), tile=PIXEL | {"block_k": 32, "block_k2": 16, "tail": 3}),
     "padded copies": Way(("widen", "widen", "fprop_box"), size=ODD),
     "bf16": Way(("fprop_box",), torch.bfloat16),
     "fp32 by pointers": Way(("fprop_gather",), torch.float32, ODD),

@@ -80,7 +80,8 @@ def _store_pixels(
 # With SHIFT a second product makes the next output column: what its tap s - 1 reads is what tap s of the first reads.
 # With HALF a program makes half a box more with the same filters, 192 pixels of 128 + 64: below its box with SHIFT,
 # else elsewhere in the same rows.
-# Programs from FULL on share the depth of a tile between SPLITS of them; fprop_finish adds what they leave in `parts`.
+# Programs from FULL on share a tile: SPLITS of them its depth, and fprop_finish adds what they leave in `parts`; or,
+# with NARROW, its filters, BLOCK_K2 each.
 @triton.jit
 def fprop_box(
     x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_C]
@@ -140,6 +141,7 @@ def fprop_box(
     BLOCK_C: tl.constexpr,
     SHIFT: tl.constexpr,  # 0, or 1 with BOX_W = 1, BLOCK_K2 = BLOCK_K, stride and dilation 1 along W
     HALF: tl.constexpr,  # 0, or 1 with SPLITS = 1: half the rows with SHIFT, else half the images or columns
+    NARROW: tl.constexpr,  # BLOCK_K2 divides BLOCK_K; SHIFT = HALF = 0, SPLITS = PARTS = 1
 ):
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
     NEXT_K: tl.constexpr = BLOCK_K2 if SHIFT else BLOCK_K + BLOCK_K2
@@ -154,6 +156,12 @@ def fprop_box(
     t = tl.program_id(0)
     part = 0
     shares = 1
+    narrow = NARROW and t >= FULL
+    first = 0
+    if NARROW:
+        if narrow:
+            first = (t - FULL) % (ROWS // BLOCK_K2) * BLOCK_K2
+            t = FULL + (t - FULL) // (ROWS // BLOCK_K2)
     if SPLITS > 1:
         if t >= FULL:
             part = (t - FULL) % SPLITS
@@ -190,6 +198,25 @@ def fprop_box(
         c_first = begin % n_c * BLOCK_C
         s_first = s_lo + begin // n_c % n_s
         r_first = r_lo + begin // n_c // n_s
+    if NARROW:
+        if narrow:
+            k0 += first
+            acc = tl.zeros((BLOCK_K2, PIXELS), ACC)
+            c, s, r = c_first, s_first, r_first
+            for _ in tl.range(0, steps):
+                box = pixel_load(x, n, h0 + r * DIL_H, w0 + s * DIL_W, g, c, C, 0, 0, GROUPS, False, PIXELS, BLOCK_C)
+                column = (TAP_0 + r * TAP_R + s * TAP_S) * (K if TRANSPOSED else C)
+                filters = _filter_load(w2, g, c, k0, 0, C, K, column, TRANSPOSED)
+                acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
+                c, s, r = next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
+            k = k0 + tl.arange(0, BLOCK_K2)
+            image = n + tl.arange(0, PIXELS) // (BOX_H * BOX_W)
+            acc = finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
+            store_box(
+                y2, acc.to(OUT), k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
+                GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
+            )  # fmt: skip
+            return
     acc = tl.zeros((BLOCK_K, PIXELS), ACC)
     if BLOCK_K2:
         acc2 = tl.zeros((BLOCK_K2, PIXELS), ACC)

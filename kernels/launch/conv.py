@@ -300,12 +300,14 @@ def _plan_box(
         return image_descriptor(y, problem.groups, box, rows) if store_box else y
 
     programs = tile.boxes(problem) * problem.groups * triton.cdiv(problem.group_filters, tile.filters)
-    shared = min(tile.tail or programs, programs) if tile.splits > 1 else 0
+    last = min(tile.tail or programs, programs)
+    shared = last if tile.splits > 1 else 0
+    narrow = last if tile.narrow else 0
     parts = None
     if shared:
         shape = (shared, tile.splits, tile.rows, tile.pixels)
         parts = scratch(torch.empty(shape, dtype=layout.sum_dtype(y.dtype), device=y.device))
-    where = {"FULL": programs - shared, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
+    where = {"FULL": programs - shared - narrow, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
              "BOX_W": tile.box[2], "SHIFT": int(tile.shift)}  # fmt: skip
     image, half = for_descriptor(x, planes), tile.half_box
     arguments = common | where | {
@@ -317,11 +319,13 @@ def _plan_box(
         "y": output_box(tile.block_k), "y2": output_box(tile.block_k2), "parts": parts,
         "stride_h": problem.stride[0], "stride_w": problem.stride[1],
         "TRANSPOSED": transposed, "STORE_BOX": store_box, "BLOCK_K2": tile.block_k2,
-        "WIDTH": matrix.shape[1],
+        "WIDTH": matrix.shape[1], "NARROW": int(narrow > 0),
     }  # fmt: skip
     if shared == programs:  # fprop_finish drops for all of them
         arguments |= NO_DROPOUT
     grid = programs + shared * (tile.splits - 1)
+    if narrow:
+        grid += narrow * (tile.rows // tile.block_k2 - 1)
     first = Launch(device.fprop_box, (grid,), arguments, tile.num_warps, tile.num_stages, str(tile))
     return [first] if parts is None else [first, _plan_finish(tile, parts, y, common | where, gpu)]
 
