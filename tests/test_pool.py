@@ -242,3 +242,21 @@ def test_adaptive_avg_pool_is_torchs(size: Any, memory_format: torch.memory_form
     dy = torch.randn_like(ours)
     exact = torch.autograd.grad(want, double, dy.double())[0]
     assert reference.error(torch.autograd.grad(ours, leaf, dy)[0], exact) <= 1e-6 * exact.abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("window", "width", "kernel", "abreast"),
+    [((2, 2), 224, "max_backward_cells", 2), ((3, 2), 55, "max_backward_cells", 1),
+     ((3, 2, 1), 112, "max_backward_cells", 1), ((3, 1, 1), 28, "max_backward", None)],
+    ids=["aligned rows", "odd rows", "padded rows", "a window for every pixel"],
+)  # fmt: skip
+def test_contiguous_gradients_are_made_in_cells(
+    window: tuple[int, ...], width: int, kernel: str, abreast: int | None
+) -> None:
+    """Pixels beside each other share what they load, and rows that begin at 16 bytes are stored 16 bytes at a time."""
+    extent, step, *pad = ((size, size) for size in window)
+    problem = Pool2dProblem(4, 8, width, width, extent, step, *pad)
+    x, y = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in (problem.x_shape, problem.y_shape))
+    launch = pool.plan_max_backward(problem, y, y.to(torch.uint8), None, x, gpu=hardware.GPUS["H100"])
+    assert launch.kernel.__name__ == kernel
+    assert launch.arguments.get("ABREAST") == abreast

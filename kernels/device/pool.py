@@ -30,6 +30,31 @@ def output_tile(
     return n.to(tl.int64), c.to(INDEX), p.to(tl.int32), q.to(tl.int32), inside
 
 
+# A value's bits below its place in the window: one select moves both.
+@triton.jit
+def key_of(value, place):
+    if value.dtype.primitive_bitwidth == 16:
+        return value.to(tl.uint16, bitcast=True).to(tl.int32) | (place << 16)
+    else:
+        return value.to(tl.uint32, bitcast=True).to(tl.int64) | (tl.cast(place, tl.int64) << 32)
+
+
+@triton.jit
+def key_value(key, TYPE: tl.constexpr):
+    return key.to(tl.int16 if TYPE.primitive_bitwidth == 16 else tl.int32).to(TYPE, bitcast=True)
+
+
+@triton.jit
+def key_place(key, TYPE: tl.constexpr):
+    return key >> TYPE.primitive_bitwidth
+
+
+@triton.jit
+def larger(key, best, TYPE: tl.constexpr):
+    value = key_value(key, TYPE)
+    return tl.where((value > key_value(best, TYPE)) | (value != value), key, best)
+
+
 # y[n, c, p, q] = max over the window; switch = r * S + s of the element that won, one byte.
 # NaN wins (the last one), ties go to the first, a window of -inf to its first element: as in PyTorch.
 @triton.jit
@@ -61,6 +86,8 @@ def max_forward(
     DIL_W: tl.constexpr,
     HAS_SWITCH: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PARTIAL: tl.constexpr,  # whether windows reach beyond the image
+    ONE_KEY: tl.constexpr,  # for elements of up to 4 bytes in windows of less than 32,768
     UNROLL: tl.constexpr,
     NHWC: tl.constexpr,
     INDEX: tl.constexpr,
@@ -71,18 +98,31 @@ def max_forward(
     h0 = p * STRIDE_H - PAD_H
     w0 = q * STRIDE_W - PAD_W
     corner = x + n * stride_xn + c * stride_xc + h0.to(INDEX) * stride_xh + w0.to(INDEX) * stride_xw
-    best = tl.full((ROWS, COLS), float("-inf"), x.dtype.element_ty)
-    won = tl.full((ROWS, COLS), -1, tl.int32)
-    if UNROLL:
-        for tap in tl.static_range(R * S):
-            best, won = _max_step(
-                corner, best, won, tap // S, tap % S, h0, w0, H, W, inside, stride_xh, stride_xw, S, DIL_H, DIL_W, INDEX
-            )
+    TYPE: tl.constexpr = x.dtype.element_ty
+    FIRST: tl.constexpr = 0 if PARTIAL else 1
+    if PARTIAL:  # in a window of -inf the first element wins that is not before the edge
+        best = tl.full((ROWS, COLS), float("-inf"), TYPE)
+        won = tl.cdiv(tl.maximum(-h0, 0), DIL_H) * S + tl.cdiv(tl.maximum(-w0, 0), DIL_W)
+        won = tl.broadcast_to(won, (ROWS, COLS))
     else:
-        for tap in tl.range(R * S):
-            best, won = _max_step(
-                corner, best, won, tap // S, tap % S, h0, w0, H, W, inside, stride_xh, stride_xw, S, DIL_H, DIL_W, INDEX
-            )
+        best = tl.load(corner, mask=inside)
+        won = tl.zeros((ROWS, COLS), tl.int32)
+    if ONE_KEY:
+        key = key_of(best, won)
+        if UNROLL:
+            for tap in tl.static_range(FIRST, R * S):
+                value = _tap(corner, tap, h0, w0, H, W, inside, stride_xh, stride_xw, S, DIL_H, DIL_W, PARTIAL, INDEX)
+                key = larger(key_of(value, tap), key, TYPE)
+        else:
+            for tap in tl.range(FIRST, R * S):
+                value = _tap(corner, tap, h0, w0, H, W, inside, stride_xh, stride_xw, S, DIL_H, DIL_W, PARTIAL, INDEX)
+                key = larger(key_of(value, tap), key, TYPE)
+        best, won = key_value(key, TYPE), key_place(key, TYPE)
+    else:
+        for tap in tl.range(FIRST, R * S):
+            value = _tap(corner, tap, h0, w0, H, W, inside, stride_xh, stride_xw, S, DIL_H, DIL_W, PARTIAL, INDEX)
+            wins = (value > best) | (value != value)
+            best, won = tl.where(wins, value, best), tl.where(wins, tap, won)
     out = n * stride_yn + c * stride_yc + p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
     if ACTIVATION == "relu":
         best = tl.where(best < 0, tl.zeros_like(best), best)
@@ -92,18 +132,20 @@ def max_forward(
 
 
 @triton.jit
-def _max_step(
-    corner, best, won, r, s, h0, w0, H, W, inside, stride_xh, stride_xw, S: tl.constexpr, DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr, INDEX: tl.constexpr,
+def _tap(
+    corner, tap, h0, w0, H, W, inside, stride_xh, stride_xw, S: tl.constexpr, DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr, PARTIAL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    h = h0 + r * DIL_H
-    w = w0 + s * DIL_W
-    valid = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    shift = tl.cast(r * DIL_H, INDEX) * stride_xh + tl.cast(s * DIL_W, INDEX) * stride_xw
-    value = tl.load(corner + shift, mask=valid, other=float("-inf"))
-    wins = valid & ((value > best) | (value != value))
-    first = (won < 0) & (h >= 0) & (w >= 0)  # an element of -inf, or one beyond the edge, is named if none beats it
-    return tl.where(wins, value, best), tl.where(wins | first, r * S + s, won)
+    r = tap // S * DIL_H
+    s = tap % S * DIL_W
+    at = corner + (tl.cast(r, INDEX) * stride_xh + tl.cast(s, INDEX) * stride_xw)
+    if PARTIAL:
+        h = h0 + r
+        w = w0 + s
+        value = tl.load(at, mask=inside & (h >= 0) & (h < H) & (w >= 0) & (w < W), other=float("-inf"))
+    else:
+        value = tl.load(at, mask=inside)
+    return value
 
 
 # index[n, c, p, q] = h * W + w of the element that the switch names.
@@ -210,7 +252,7 @@ def max_backward(
     tl.store(dx + out, acc.to(dx.dtype.element_ty), mask=inside)
 
 
-# The same for channels_last and dilation 1: a program makes whole cells of STRIDE_H x STRIDE_W input pixels, so that
+# The same for dilation 1: a program makes whole cells of STRIDE_H x STRIDE_W input pixels, so that
 # all pixels of a cell share the loads of the windows over it, and these are never masked element by element.
 @triton.jit
 def max_backward_cells(
@@ -244,6 +286,7 @@ def max_backward_cells(
     STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
+    ABREAST: tl.constexpr,  # 2 with STRIDE_W = 2 and NCHW: pixels that lie side by side are stored together; else 1
     MASK: tl.constexpr,
     ACC: tl.constexpr,
     NHWC: tl.constexpr,
@@ -268,10 +311,15 @@ def max_backward_cells(
             grad = tl.where(tl.load(y + at, mask=valid, other=0.0) > 0, grad, tl.zeros_like(grad))
         grads = grads + (grad.to(ACC),)
         taps = taps + (tl.load(switch + at, mask=valid, other=0).to(tl.int32),)
-    for pixel in tl.static_range(STRIDE_H * STRIDE_W):
+    if ABREAST == 2:
+        n, c, i, j, inside = output_tile(tl.program_id(0), C, CELLS_H, CELLS_W * 2, HEIGHT, NHWC, INDEX, ROWS, COLS * 2)
+    for pixel in tl.static_range(0, STRIDE_H * STRIDE_W, ABREAST):
         acc = _cell_sum(taps, grads, pixel // STRIDE_W, pixel % STRIDE_W, R, S, STRIDE_H, STRIDE_W)
+        if ABREAST == 2:
+            beside = _cell_sum(taps, grads, pixel // STRIDE_W, 1, R, S, STRIDE_H, STRIDE_W)
+            acc = tl.join(acc.to(dx.dtype.element_ty), beside.to(dx.dtype.element_ty)).reshape(ROWS, COLS * 2)
         h = i * STRIDE_H + (pixel // STRIDE_W - PAD_H)
-        w = j * STRIDE_W + (pixel % STRIDE_W - PAD_W)
+        w = j * (STRIDE_W // ABREAST) + (pixel % STRIDE_W - PAD_W)
         out = n * stride_xn + c * stride_xc + h.to(INDEX) * stride_xh + w.to(INDEX) * stride_xw
         tl.store(dx + out, acc.to(dx.dtype.element_ty), mask=inside & (h >= 0) & (h < H) & (w >= 0) & (w < W))
 

@@ -8,7 +8,7 @@ registers, so only the strips' edges are loaded twice.  Results are those of poo
 import triton
 import triton.language as tl
 
-from tileconv.kernels.device.pool import _cell_sum, output_tile
+from tileconv.kernels.device.pool import _cell_sum, key_of, key_place, key_value, larger, output_tile
 
 
 # Switches are a byte each: those of outputs q and q + 1 together are 16 bytes a thread where their values are twice 16.
@@ -18,32 +18,6 @@ def _pair(at, inside, q, Q, stride_q):
     beside = tl.arange(0, 2)[:, None, None]
     both = q.expand_dims(0) + beside
     return at.expand_dims(0) + beside * stride_q, inside.expand_dims(0) & (both >= 0) & (both < Q)
-
-
-# A value's bits below its place in the window: one select moves both.
-@triton.jit
-def _key(value, place):
-    if value.dtype.primitive_bitwidth == 16:
-        return (value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (place << 16)
-    else:
-        return (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (tl.cast(place, tl.int64) << 32)
-
-
-@triton.jit
-def _value(key, TYPE: tl.constexpr):
-    return key.to(tl.int16 if TYPE.primitive_bitwidth == 16 else tl.int32).to(TYPE, bitcast=True)
-
-
-@triton.jit
-def _place(key, TYPE: tl.constexpr):
-    return key >> TYPE.primitive_bitwidth
-
-
-# As pool._max_step.
-@triton.jit
-def _larger(key, best, TYPE: tl.constexpr):
-    value = _value(key, TYPE)
-    return tl.where((value > _value(best, TYPE)) | (value != value), key, best)
 
 
 @triton.jit
@@ -59,9 +33,9 @@ def _pixel_row(row, inside, w0, limit_w, stride_xw, OUTSIDE: tl.constexpr, COUNT
 def _row_maximum(pixels, w, FIRST: tl.constexpr, S: tl.constexpr, BEFORE: tl.constexpr):
     # The key of the largest of S pixels of a window that begins at w.  Of a row of -inf it is the first that is not
     # before the edge; BEFORE says that some may be.
-    best = _key(pixels[FIRST], tl.maximum(-w, 0) if BEFORE else 0)
+    best = key_of(pixels[FIRST], tl.maximum(-w, 0) if BEFORE else 0)
     for s in tl.static_range(1, S):
-        best = _larger(_key(pixels[FIRST + s], s), best, pixels[FIRST].dtype)
+        best = larger(key_of(pixels[FIRST + s], s), best, pixels[FIRST].dtype)
     return best
 
 
@@ -151,12 +125,12 @@ def max_forward_strips(
             if PAD_H > 0:
                 key += tl.cast(tl.maximum(-h, 0) * S, key.dtype) << TYPE.primitive_bitwidth
             for r in tl.static_range(1, R):
-                key = _larger(rows[r] + (r * S << TYPE.primitive_bitwidth), key, TYPE)
-            best = _value(key, TYPE)
+                key = larger(rows[r] + (r * S << TYPE.primitive_bitwidth), key, TYPE)
+            best = key_value(key, TYPE)
             if ACTIVATION == "relu":
                 best = tl.where(best < 0, tl.zeros_like(best), best)
             tl.store(y + at + j * stride_yq, best, mask=owned & (q0 + j < Q))
-            places = places + (_place(key, TYPE).to(tl.uint8),)
+            places = places + (key_place(key, TYPE).to(tl.uint8),)
             for r in tl.static_range(KEPT):
                 kept = kept + (rows[STRIDE_H + r],)
         if HAS_SWITCH:

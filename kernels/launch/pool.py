@@ -38,6 +38,8 @@ def plan_max_forward(
     if tile := _strips(problem, "forward", gpu, [x, y], strips):
         arguments["OUTSIDE"] = -math.inf if problem.partial else 0.0
         return _in_strips(pool_strips.max_forward_strips, arguments, tile, (problem.P, problem.Q), [x, y])
+    arguments["PARTIAL"] = problem.partial
+    arguments["ONE_KEY"] = x.itemsize <= 4 and problem.taps < 1 << 15
     arguments["UNROLL"] = problem.taps <= 25 and not gpu.interprets
     return _tiled(device.max_forward, arguments, y, problem.y_shape, gpu, [x, y])
 
@@ -74,13 +76,28 @@ def plan_max_backward(
     cells = strip_tiles.cells(problem)
     if tile := _strips(problem, "backward", gpu, [dy, switch, dx], strips):
         return _in_strips(pool_strips.max_backward_strips, arguments, tile, cells, [dx, dy])
-    # Windows and pixels are unrolled, and NCHW would store every STRIDE_W-th element.
-    if problem.dilation != (1, 1) or max(problem.taps, math.prod(problem.stride)) > 25 or not _channels_inner(dx):
+    if not _in_cells(problem, dx):
         return _tiled(device.max_backward, arguments, dx, problem.x_shape, gpu, [dx, dy])
     del arguments["DIL_H"], arguments["DIL_W"]
-    arguments |= {"CELLS_H": cells[0], "CELLS_W": cells[1]}
+    # 16 bytes of a row, where rows begin at multiples of them; elsewhere a join costs registers and saves nothing.
+    aligned = all(extent * dx.itemsize % 16 == 0 for extent in (problem.padding[1], dx.stride(2)))
+    abreast = problem.stride[1] == 2 and aligned and not _channels_inner(dx)
+    arguments |= {"CELLS_H": cells[0], "CELLS_W": cells[1], "ABREAST": 2 if abreast else 1}
     shape = (problem.N, problem.C, *cells)
-    return _tiled(device.max_backward_cells, arguments, dx, shape, gpu, [dx, dy])
+    crowded = _windows_over_cell(problem) > 1
+    return _tiled(device.max_backward_cells, arguments, dx, shape, gpu, [dx, dy], crowded=crowded)
+
+
+def _in_cells(problem: Pool2dProblem, dx: torch.Tensor) -> bool:
+    """Whether a cell's pixels and the windows over it, which are unrolled, are few."""
+    pixels = math.prod(problem.stride)
+    if not _channels_inner(dx) and (pixels == 1 or _windows_over_cell(problem) > 4):
+        return False  # in NCHW each has an offset of its own, and a single pixel shares none
+    return problem.dilation == (1, 1) and max(problem.taps, pixels) <= 25
+
+
+def _windows_over_cell(problem: Pool2dProblem) -> int:
+    return math.prod((extent - 1) // step + 1 for extent, step in zip(problem.kernel, problem.stride, strict=True))
 
 
 def plan_adaptive_avg_forward(problem: AdaptivePool2dProblem, x: torch.Tensor, y: torch.Tensor, *, gpu: GPU) -> Launch:
