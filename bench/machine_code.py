@@ -159,6 +159,17 @@ def takes_register(instruction: Instruction) -> bool:
     return False
 
 
+def _multiplying(function: Function) -> dict[Loop, int]:
+    """The loops with tensor-core instructions, and how many each has."""
+    code = function.instructions
+    return {loop: n for loop in function.graph.loops if (n := sum(is_mma(code[i]) for i in loop.body))}
+
+
+def _innermost(loops: Iterable[Loop]) -> list[Loop]:
+    found = list(loops)
+    return [a for a in found if not any(b is not a and b.blocks < a.blocks for b in found)]
+
+
 def main_loop(function: Function) -> Loop | None:
     """The innermost natural loop with tensor-core instructions (the one with most, then the longest, of several).
 
@@ -166,12 +177,11 @@ def main_loop(function: Function) -> Loop | None:
     """
 
     def best(weight: dict[Loop, int]) -> Loop | None:
-        inner = [a for a in weight if not any(b is not a and b.blocks < a.blocks for b in weight)]
-        return max(inner, key=lambda loop: (weight[loop], len(loop.body)), default=None)
+        return max(_innermost(weight), key=lambda loop: (weight[loop], len(loop.body)), default=None)
 
     loops = function.graph.loops
     code = function.instructions
-    with_mma = {loop: n for loop in loops if (n := sum(is_mma(code[i]) for i in loop.body))}
+    with_mma = _multiplying(function)
     if with_mma or any(is_mma(i) for i in code):
         return best(with_mma)
     fma = {loop: sum(code[i].base in ("FFMA", "FFMA2", "DFMA", "HFMA2") for i in loop.body) for loop in loops}
@@ -187,13 +197,8 @@ def read_function(function: Function, registers: int, stack_bytes: int) -> Machi
         mma = Counter(i.base for i in code if i.base in ("FFMA", "FFMA2", "DFMA", "HFMA2"))
     # ptxas puts this wait after every product when it cannot keep them in flight (its remark C7515).  A kernel's other
     # loops count too: those of the last tiles, or of the small products of parts.
-    waits = any(
-        function.instructions[i].opcode == "WARPGROUP.DEPBAR.LE"
-        and function.instructions[i].arguments[:2] == ["gsb0", "0x0"]
-        for loop in function.graph.loops
-        if any(is_mma(function.instructions[i]) for i in loop.body)
-        for i in loop.body
-    )
+    every = [function.instructions[i] for inner in _innermost(_multiplying(function)) for i in inner.body]
+    waits = any(i.opcode == "WARPGROUP.DEPBAR.LE" and i.arguments[:2] == ["gsb0", "0x0"] for i in every)
     return MachineCode(
         registers=registers,
         stack_bytes=stack_bytes,

@@ -127,6 +127,13 @@ def test_of_two_loops_the_one_that_multiplies_more():
     assert code.spills == 2
 
 
+def test_a_lesser_loop_that_waits_makes_a_kernel_serialised():
+    wait = "        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    assert not facts(TWO_LOOPS.replace(wait, "")).serialised
+    waiting = TWO_LOOPS.replace(wait, "").replace(".L_x_1:\n", f".L_x_1:\n{wait}")
+    assert facts(waiting).serialised and facts(waiting).loop_instructions == 6
+
+
 def test_without_multiplying_loop_the_whole_kernel_counts():
     code = facts(POOL)
     assert (code.scope, code.loop_instructions, code.mma) == ("kernel", None, {})
