@@ -26,15 +26,9 @@ SHORT: dict[Where, float | None] = {
     (TMA, "sm_90", "wgrad", "conv1"): NO,
     (HGMMA, "sm_90", "fprop", "conv1"): 4.43,
     (HGMMA, "sm_90", "wgrad", "conv1"): 2.35,
-    # Bound by reading the weights from memory; tiles of 64 pixels leave few products a step.
-    (HGMMA, "sm_90", "dgrad", "fc8"): 1.63,
-    (HGMMA, "sm_90", "dgrad", "fc6"): 1.59,
-    (HGMMA, "sm_90", "fprop", "fc8"): 1.52,
     # 192 filters x 192 pixels are four products, two of them of 64: more instructions in a step, though their issue
-    # takes a quarter of its time.  The whole is modelled at 8 to 14 % less.
-    (HGMMA, "sm_90", "fprop", "conv3"): 1.37,
+    # takes a quarter of its time.  The whole is modelled at 14 % less.
     (HGMMA, "sm_90", "dgrad", "conv3"): 1.40,
-    (HGMMA, "sm_90", "dgrad", "conv4"): 1.40,
     # A shifted product shares its pixels with the first one and masks a tap in each step.
     (HGMMA, "sm_90", "dgrad", "conv2"): 1.13,
     # 13 rows and columns: strips with fewer edges are too few warps to keep up with memory, by the model.
