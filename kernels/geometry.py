@@ -174,8 +174,14 @@ class Conv2dProblem:
             padding=(self.padding[0], (before * self.C, after * self.C)),
         )  # fmt: skip
 
-    def runs(self, itemsize: int) -> Runs | None:
-        """How the rows of the filters lie along image rows; None where no aligned load of four bytes or more fits."""
+    def runs(self, itemsize: int, pass_: str) -> Runs | None:
+        """How the rows of the filters lie along image rows; None where no aligned load of four bytes or more fits.
+
+        A filter gradient's columns are runs, and those of 4-byte elements are as long as the filter: what loads of one
+        pixel cost is less than what columns of zeros do.
+        """
+        if pass_ == "wgrad" and itemsize >= 4 and self.dilation[1] == self.groups == 1:
+            return Runs(self.S, 0, 1)
         stride = self.stride[1]
         align = min(stride & -stride, 16 // itemsize)
         if align * itemsize < 4 or self.dilation[1] != 1 or self.groups != 1 or self.W % align:
@@ -198,7 +204,7 @@ class Conv2dProblem:
 class Runs:
     """A row of a filter meets `length` neighbouring pixels of an image row, from `lead` pixels before the filter.
 
-    With the lead every run starts at a multiple of `align` pixels; the length is a power of two.
+    With the lead every run starts at a multiple of `align` pixels; the length is a power of two, or the filter's.
     """
 
     length: int
