@@ -175,10 +175,10 @@ def test_runs_are_modelled_faster_than_a_rewritten_image():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_compiled(arch):
-    chosen = (("fprop", "fp16"), ("fprop", "tf32"), ("wgrad", "fp16"), ("wgrad", "tf32"))
+    chosen = (("fprop", "fp16"), ("wgrad", "fp16"), ("wgrad", "tf32"))
     rows = inspect.inspect_all([Case("alexnet", "conv1", pass_, 128, dtype) for pass_, dtype in chosen], [arch])
     main = [row for row in rows if row["kernel"].endswith("_runs") and row["role"] == "main"]
-    assert [row["kernel"] for row in main] == ["fprop_runs"] * 2 + ["wgrad_runs"] * 2
+    assert [row["kernel"] for row in main] == ["fprop_runs", "wgrad_runs", "wgrad_runs"]
     for row in main:
         assert row["failure"] is None and row["stack_bytes"] == row["spills"] == 0 and row["fits"]
     *main, tf32 = main
