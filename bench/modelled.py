@@ -24,9 +24,9 @@ def product_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
 
     inner, moved = problem, []
     choose = tiles.choose
-    if run_tiles.in_runs(problem, "fprop", dtype, "ieee"):
+    if run_tiles.in_runs(problem, "fprop", dtype, "ieee", gpu):
         choose = run_tiles.choose_runs
-        if problem.runs(dtype.itemsize) is None:
+        if problem.runs(dtype.itemsize, "fprop") is None:
             inner = problem.in_aligned_rows
             moved = [(problem.x_shape, inner.x_shape)]
         moved.append((problem.w_shape, problem.w_shape))

@@ -158,6 +158,15 @@ def _useful(item: Inspection) -> float | None:
     return item.useful_rows * item.useful_columns
 
 
+def _by_warp_groups(item: Inspection) -> bool:
+    return (item.mma or "").startswith("HGMMA")
+
+
+def _others(item: Inspection) -> float | None:
+    """Other instructions for what a warp does of an HGMMA.64x128: sixteen HMMA, where it multiplies by those."""
+    return item.other_per_mma if item.other_per_mma is None or _by_warp_groups(item) else 16 * item.other_per_mma
+
+
 def _requested(item: Inspection) -> float | None:
     if item.bytes_read is None or item.bytes_written is None or not item.bytes_least:
         return None
@@ -210,19 +219,20 @@ LAUNCH_TARGETS = (
         lambda i: i.arch.startswith("sm_"), lambda i: f"{i.stack_bytes} bytes, {i.spills} accesses",
     ),
     LaunchTarget(
-        "multiplies with HGMMA", lambda i: (i.mma or "").startswith("HGMMA"), {"": True}, _on("sm_90"),
+        "multiplies with HGMMA", _by_warp_groups, {"": True}, _on("sm_90"),
         lambda i: i.mma or "no product",
     ),
     LaunchTarget(
-        "asynchronous HGMMA", lambda i: not i.serialised, {"": True}, _on("sm_90"), lambda i: "waits for every product"
+        "asynchronous HGMMA", lambda i: not i.serialised, {"": True}, lambda i: _on("sm_90")(i) and _by_warp_groups(i),
+        lambda i: "waits for every product",
     ),
     LaunchTarget(
         "operands by TMA", _by_tma, {"": True}, _on("sm_90"),
         lambda i: _loads(i) + (", operand A in registers" if i.register_operand else ""),
     ),
     LaunchTarget(
-        "other instructions per HGMMA.64x128", lambda i: i.other_per_mma, {"fprop": 14, "dgrad": 14, "wgrad": 24},
-        _on("sm_90"), lambda i: _number(i.other_per_mma),
+        "other instructions per HGMMA.64x128", _others, {"fprop": 14, "dgrad": 14, "wgrad": 24}, _on("sm_90"),
+        lambda i: _number(_others(i)) + ("" if _by_warp_groups(i) else " per 16 HMMA"),
     ),
     LaunchTarget(
         "useful rows x useful columns", _useful, {"": 0.95}, _wide_convolution, lambda i: _number(_useful(i)),

@@ -81,7 +81,7 @@ def units(case: Case, shape: Shape, gpu: hardware.GPU) -> list[Unit]:
         return []
     layer = conv_problem(shape)
     dtype = DTYPES[case.dtype]
-    if depthwise.applies(layer) or run_tiles.in_runs(layer, case.pass_, dtype, case.precision):
+    if depthwise.applies(layer) or run_tiles.in_runs(layer, case.pass_, dtype, case.precision, gpu):
         return []
     if case.pass_ == "dgrad":
         return [Unit(case, shape, layer, part.problem, part) for part in layer.dgrad if part.problem.taps]

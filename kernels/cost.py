@@ -130,9 +130,12 @@ def streaming_us(bytes_moved: int, gpu: GPU) -> float:
     return LAUNCH_US + 1e6 * bytes_moved / (gpu.dram * DRAM_LOAD)
 
 
-def registers(rows: int, columns: int, num_warps: int, gpu: GPU) -> int:
-    """Registers a thread, as compiled: the sums, and what addresses and operands take beside them."""
-    return min(255, rows * columns // (32 * num_warps) + (28 if gpu.arch >= 90 else 110))
+def registers(rows: int, columns: int, num_warps: int, fragments: bool) -> int:
+    """Registers a thread, as compiled: the sums, and what addresses and operands take beside them.
+
+    `fragments` says that operands are among these, as below sm_90.
+    """
+    return min(255, rows * columns // (32 * num_warps) + (110 if fragments else 28))
 
 
 def occupancy(registers_: int, shared: int, num_warps: int, gpu: GPU) -> int:
@@ -183,10 +186,12 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
     whole = shape.rows * shape.columns * item
     rate = _Rates(shape, tile, read_type, precision if products == 1 else "ieee", gpu)
     as_they_lie = tile.formulation == "box" or not turned(problem, dtype, precision, gpu)
-    if pass_ == "wgrad" and gpu.arch // 10 == 9 and precision == "tf32" and as_they_lie and not tile.flat:
+    through_registers = as_they_lie and not tile.flat and not shape.fragments
+    if pass_ == "wgrad" and gpu.arch // 10 == 9 and precision == "tf32" and through_registers:
         rate.alone = 2 * stage / 128 + LOAD_CYCLES / 4
-    threads_need = registers(shape.rows, shape.columns, tile.num_warps, gpu)
-    buffers = tile.num_stages - (gpu.arch < 90)  # one stage is in registers there
+    by_warps = gpu.arch < 90 or shape.fragments
+    threads_need = registers(shape.rows, shape.columns, tile.num_warps, by_warps)
+    buffers = tile.num_stages - by_warps  # one stage is in registers there
     resident = max(1, occupancy(threads_need, stage * buffers, tile.num_warps, gpu))
     shared_ctas = min(shared_tiles, shape.tiles) * tile.splits
     phases = [(rate, whole_tiles, shape.steps, whole), (rate, shared_ctas, shape.steps / tile.splits, partial)]
@@ -245,6 +250,7 @@ class _Shape:
     loads: float = 0.0  # loads of runs, for every element of the columns
     fetch: float = 0.0  # instructions that pointers take for 16 bytes of the operands
     inside: float = 1.0  # share of a box's channels that there are: the copy engine fetches no others
+    fragments: bool = False  # mma.sync, in one pixel's loads: each warp reads its operands from shared memory
 
     def stage_bytes(self, itemsize: int) -> int:
         """Shared memory of a step."""
@@ -254,7 +260,7 @@ class _Shape:
         """What a step takes from L2."""
         if self.fresh_bytes is None:
             return (self.rows + self.columns * self.inside) * self.depth * itemsize
-        return self.fresh_bytes + self.rows * self.depth * itemsize
+        return self.fresh_bytes + self.rows * self.useful_rows * self.depth * itemsize
 
 
 def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
@@ -316,21 +322,21 @@ def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
 
 def _runs_shape(problem: Conv2dProblem, pass_: str, tile: Tile, item: int) -> _Shape:
     """A first layer's pass; steps of fprop go along the depth, those of wgrad along one row of outputs each."""
-    runs = problem.runs(item)
+    runs = problem.runs(item, pass_)
     assert runs is not None
     depth = problem.C * problem.R * runs.length
     row_tiles = -(-problem.K // tile.rows)
     useful_rows = problem.K / (row_tiles * tile.rows)
-    row_bytes = problem.C * problem.W * item
     if pass_ == "wgrad":
         column_tiles = -(-depth // tile.block_c)
         widths = -(-problem.Q // tile.pixels)
         useful = problem.C * problem.taps / (column_tiles * tile.block_c) * problem.Q / (widths * tile.pixels)
         # From one row of outputs to the next the image moves on by the stride; L1 holds the rows that stay.
-        fresh = row_bytes * problem.stride[0] / widths * min(1.0, tile.block_c / depth)
+        reached = min(problem.W, (tile.pixels - 1) * problem.stride[1] + problem.S)
+        fresh = problem.C * reached * item * problem.stride[0] * min(1.0, tile.block_c / depth)
         return _Shape(
             row_tiles * column_tiles * widths, problem.N * problem.P, tile.rows, tile.block_c, tile.pixels,
-            useful_rows, useful, fresh, 1 / runs.align,
+            useful_rows, useful, fresh, 1 / runs.align, fragments=item == 4,
         )  # fmt: skip
     boxes = -(-problem.N * problem.P * problem.Q // tile.pixels)
     steps = -(-depth // tile.block_c)
@@ -338,7 +344,7 @@ def _runs_shape(problem: Conv2dProblem, pass_: str, tile: Tile, item: int) -> _S
     useful = problem.N * problem.P * problem.Q / (boxes * tile.pixels) * problem.C * problem.taps / depth
     return _Shape(
         boxes * row_tiles, steps, tile.rows, tile.pixels, tile.block_c, useful_rows, useful,
-        row_bytes * image_rows / steps, 1 / runs.align,
+        problem.C * problem.W * item * image_rows / steps, 1 / runs.align,
     )  # fmt: skip
 
 
@@ -361,6 +367,23 @@ def _warp_groups(shape: _Shape, tile: Tile) -> tuple[float, float]:
         issued += products / groups
         lines += products * (64 + min(256, width))
     return issued, lines
+
+
+def _by_fragments(shape: _Shape, tile: Tile) -> tuple[float, float]:
+    """Of a step of 4-byte operands by mma.sync: instructions of a warp, and cycles of shared memory.
+
+    A product of 16 x 8 x 8 takes two reads of 128 bytes for its columns and four for its rows, shared along a warp's
+    rows and columns.  Copies of one pixel pass L1, which is the same memory, and are written then.
+    """
+    rows, columns = shape.rows, shape.columns
+    for _ in range(tile.num_warps.bit_length() - 1):  # as Triton divides a block between warps
+        rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
+    deep = shape.depth / 8
+    products, reads = deep * rows * columns / 128, deep * (rows / 4 + columns / 4)
+    # Compiled loops for sm_80 and sm_90, 9 of them, lie within 8 % of this.
+    patch, gradient = (n * shape.depth / (32 * tile.num_warps) for n in (shape.columns, shape.rows / 4))
+    instructions = 40 + products + reads + 9 * patch + 5 * gradient
+    return instructions, reads * tile.num_warps + (shape.rows + 2 * shape.columns) * shape.depth * 4 / 128
 
 
 def _fetch(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype) -> float:
@@ -388,8 +411,11 @@ class _Rates:
         loads = 11 * shape.loads * shape.columns * shape.depth / (32 * tile.num_warps)
         fetched = shape.fetch * self.stage / 16 / (32 * tile.num_warps)
         on_tensor_cores = dtype.itemsize == 2 or precision == "tf32"
-        self.tensor = flops * gpu.clock * gpu.sms / gpu.peak(dtype, precision) / TENSOR_LOAD
-        if gpu.arch >= 90 and on_tensor_cores:
+        lasting = min(TENSOR_LOAD, gpu.sync_share) if shape.fragments or shape.rows < 64 else TENSOR_LOAD
+        self.tensor = flops * gpu.clock * gpu.sms / gpu.peak(dtype, precision) / lasting
+        if shape.fragments:
+            instructions, self.shared = _by_fragments(shape, tile)
+        elif gpu.arch >= 90 and on_tensor_cores:
             products, reads = _warp_groups(shape, tile)
             products *= shape.depth * dtype.itemsize / 32
             # Compiled loops: 87 instructions and two for each product of a warp, 30 more for a second row of products,
@@ -455,7 +481,7 @@ def predict_pooled(
     shape = _Shape(tiles, steps, tile.rows, tile.pixels, tile.block_c, 1.0, 1.0)
     sums = tile.rows * tile.pixels
     held = sums if whole else sums * (3 if dtype.itemsize == 4 else 2)  # a key takes what a sum takes, or twice that
-    threads_need = registers(held // tile.pixels, tile.pixels, tile.num_warps, gpu)
+    threads_need = registers(held // tile.pixels, tile.pixels, tile.num_warps, gpu.arch < 90)
     resident = max(1, occupancy(threads_need, shape.stage_bytes(dtype.itemsize) * tile.num_stages, tile.num_warps, gpu))
     outputs = tile.rows * tile.box[0] * math.prod(windows)
     places = 1 if whole else pool.taps

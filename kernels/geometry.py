@@ -174,10 +174,17 @@ class Conv2dProblem:
             padding=(self.padding[0], (before * self.C, after * self.C)),
         )  # fmt: skip
 
-    def runs(self, itemsize: int) -> Runs | None:
-        """How the rows of the filters lie along image rows; None where no aligned load of four bytes or more fits."""
+    def runs(self, itemsize: int, pass_: str) -> Runs | None:
+        """How the rows of the filters lie along image rows; None where no aligned load of four bytes or more fits.
+
+        Of eight at the most: copies of sixteen pass L1 by, and every run comes from L2 anew.
+        A filter gradient's columns are runs, and those of 4-byte elements are as long as the filter: what loads of one
+        pixel cost is less than what columns of zeros do.
+        """
+        if pass_ == "wgrad" and itemsize >= 4 and self.dilation[1] == self.groups == 1:
+            return Runs(self.S, 0, 1)
         stride = self.stride[1]
-        align = min(stride & -stride, 16 // itemsize)
+        align = min(stride & -stride, 8 // itemsize)
         if align * itemsize < 4 or self.dilation[1] != 1 or self.groups != 1 or self.W % align:
             return None
         lead = -self.padding[1][0] % align
@@ -198,7 +205,7 @@ class Conv2dProblem:
 class Runs:
     """A row of a filter meets `length` neighbouring pixels of an image row, from `lead` pixels before the filter.
 
-    With the lead every run starts at a multiple of `align` pixels; the length is a power of two.
+    With the lead every run starts at a multiple of `align` pixels; the length is a power of two, or the filter's.
     """
 
     length: int

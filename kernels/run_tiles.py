@@ -15,7 +15,7 @@ from tileconv.kernels.tiles import forced
 
 TYPICAL_BATCH = 32
 # (pixels, filters, depth of a step, warps).  Compiled for sm_80 and sm_90 none spills, and on sm_90 no product waits
-# for another; 256 pixels x 64 filters in four warps only from sm_90 on.
+# for another; 256 pixels x 64 filters in four warps only from sm_90 on, in 2-byte types: of fp32 they spill 142 times.
 FPROP = (
     (256, 64, 32, 4), (256, 64, 32, 8), (128, 64, 64, 4), (128, 64, 32, 4), (64, 64, 64, 4), (32, 64, 64, 4),
     (256, 128, 32, 8), (128, 128, 64, 8), (128, 32, 64, 4),
@@ -24,15 +24,20 @@ FPROP = (
 WGRAD = (
     (64, 64, 256, 8), (64, 64, 128, 4), (64, 64, 128, 8), (32, 64, 128, 4), (64, 128, 128, 8), (64, 32, 64, 4),
 )  # fmt: skip
+# Hopper's warp groups take 4-byte operands along the depth only, and here pixels are the depth.  But a block of fewer
+# than four warps multiplies by mma.sync, as all blocks do on other GPUs, and its fragments come from any layout.  Warps
+# make 64 x 64, for one read of 128 bytes a product, where 32 x 32 takes two.
+WGRAD_TF32 = ((16, 64, 128, 2), (16, 128, 64, 2), (16, 64, 64, 1), (32, 64, 64, 2), (16, 32, 128, 2))
 
 
-def in_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str) -> bool:
+def in_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
     """Whether a pass is one of a first layer that can read its image in runs, if the image lies as they need it.
 
-    Tensor cores take 4-byte operands along the depth only, and in wgrad pixels are the depth.
+    Not the filter gradient of TF32 on a B200: how fast that multiplies by mma.sync is not published.
     """
     few = problem.C <= 4 and max(problem.stride) > 1 and not forced()
-    on_tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and precision == "tf32" and pass_ == "fprop")
+    tf32 = dtype == torch.float32 and precision == "tf32" and (pass_ == "fprop" or gpu.arch // 10 != 10)
+    on_tensor_cores = dtype.itemsize == 2 or tf32
     return few and pass_ != "dgrad" and on_tensor_cores and problem.dilation[1] == problem.groups == 1
 
 
@@ -48,19 +53,22 @@ def choose_runs(
         tile = choose_runs(replace(problem, N=TYPICAL_BATCH), pass_, dtype, precision, gpu)
         # As in tiles.choose: numpy's library adds in an order that the place in a block decides, but not in small ones.
         return replace(tile, box=(16, 1, 1)) if gpu.interprets else tile
-    runs = problem.runs(dtype.itemsize)
+    runs = problem.runs(dtype.itemsize, pass_)
     assert runs is not None
     filters = max(power_of_two(problem.K), 16)
     if gpu.interprets:  # few programs, large blocks
         pixels = problem.Q if pass_ == "wgrad" else problem.N * problem.P * problem.Q
         depth = power_of_two(problem.C * problem.R * runs.length)
-        box = (min(max(power_of_two(pixels), 16), 1024), 1, 1)
-        return ConvTile("runs", box, min(filters, 512), max(min(depth, 1024), runs.length, 16))
+        most = 32 if runs.align == 1 else 1024  # a mask's bits
+        box = (min(max(power_of_two(pixels), 16), most), 1, 1)
+        return ConvTile("runs", box, min(filters, 512), max(min(depth, 1024), power_of_two(runs.length), 16))
     found = []
-    for pixels, block_k, block_c, warps in WGRAD if pass_ == "wgrad" else FPROP:
-        block_c = max(block_c, runs.length)
+    in_bits = pass_ == "wgrad" and dtype.itemsize == 4
+    for pixels, block_k, block_c, warps in WGRAD_TF32 if in_bits else WGRAD if pass_ == "wgrad" else FPROP:
+        block_c = block_c if in_bits else max(block_c, runs.length)
         sums = block_k * (block_c if pass_ == "wgrad" else pixels)
-        if block_k > max(filters, 32) or (sums >= 4096 * warps and gpu.arch < 90):
+        most = 4096 * warps if (gpu.arch < 90 or dtype.itemsize == 4) and not in_bits else 1 << 16
+        if block_k > max(filters, 32) or sums >= most:
             continue
         step = (block_k + (block_c if pass_ == "wgrad" else pixels)) * dtype.itemsize
         step *= pixels if pass_ == "wgrad" else block_c
@@ -77,8 +85,12 @@ def choose_runs(
 
 
 def _split(problem: Conv2dProblem, tile: ConvTile, run: int, gpu: GPU) -> list[ConvTile]:
-    """One, two and four programs an SM, eight rows of outputs each at the least."""
+    """One, two and four programs an SM, eight rows of outputs each at the least.
+
+    Programs of fewer than four warps are as many as make eight, so that no scheduler waits for a single warp's reads.
+    """
     programs = -(-problem.K // tile.block_k) * -(-problem.C * problem.R * run // tile.block_c)
     programs *= -(-problem.Q // tile.pixels)
     most = max(1, problem.N * problem.P // 8)
-    return [replace(tile, splits=min(most, max(1, waves * gpu.sms // programs))) for waves in (1, 2, 4)]
+    each = (1, 2, 4) if tile.num_warps >= 4 else (8 // tile.num_warps,)
+    return [replace(tile, splits=min(most, max(1, waves * gpu.sms // programs))) for waves in each]

@@ -14,7 +14,8 @@ from tileconv.kernels.geometry import Pair, Pool2dProblem
 from tileconv.kernels.hardware import GPU
 
 STAGES = 3  # of the copies into shared memory: two rows ahead of the one that is pooled
-WIDEST = {"forward": 8, "backward": 5}  # compiled for sm_80 and sm_90 windows of up to 3x3 take at most 233 registers
+# By bytes of an element: compiled for sm_80 and sm_90 windows of up to 3x3 take at most 235 registers.
+WIDEST = {"forward": {2: 8, 4: 8}, "backward": {2: 5, 4: 7}}
 # Instructions of a thread for each comparison of a pixel, or each gradient added, and for each step besides: compiled
 # for sm_90, fp16, 3x3 windows at stride 2, where the kernels without strips take 12 for each comparison.
 INSTRUCTIONS = {"forward": 6.4, "backward": 4.3}
@@ -77,10 +78,10 @@ def choose_strips(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: G
     if gpu.interprets or not has_strips(problem, dtype):
         return None
     lines, columns = (problem.P, problem.Q) if pass_ == "forward" else cells(problem)
-    widest = WIDEST[pass_] if problem.taps <= 9 else 4
-    # Pairs of switches are 16 bytes: an even number of windows across, of which a strip of cells needs some more.
-    odd = 0 if pass_ == "forward" else _shared(problem)[1] % 2
-    wides = [wide for wide in range(1, widest + 1) if wide % 2 == odd]
+    widest = WIDEST[pass_][dtype.itemsize] if problem.taps <= 9 else 4
+    # Switches of as many windows as an element has bytes are 16 bytes; a strip of cells needs windows beside its own.
+    more = 0 if pass_ == "forward" else _shared(problem)[1]
+    wides = [wide for wide in range(1, widest + 1) if (wide + more) % dtype.itemsize == 0]
     longs = sorted({-(-lines // strips) for strips in range(1, lines + 1)})
     least = problem.bytes_least(dtype.itemsize, switch=True)
     dram = cost.streaming_us(least, gpu)

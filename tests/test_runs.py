@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -70,15 +71,29 @@ def test_forward_and_gradients(name, dtype, planned, assert_within_budget):
     assert planned == ["plan_fprop", "plan_wgrad"]
 
 
-def test_tf32_forward(planned):
-    x_shape, w_shape, arguments = LAYERS["11x11 s4"]
-    x, w = torch.randn(x_shape), torch.randn(w_shape) / 11
-    exact = F.conv2d(x.double(), w.double(), **arguments)
-    y = tk.conv2d(x, w, precision="tf32", **arguments)
-    assert planned == ["plan_fprop"]
-    assert (y - exact).abs().max() <= 2**-10 * F.conv2d(x.double().abs(), w.double().abs(), **arguments).max()
-    tk.conv2d(x, w, precision="ieee", **arguments)
-    assert planned == ["plan_fprop"], "fp32 at its own precision does not need tensor cores' operands"
+@pytest.mark.parametrize("name", LAYERS)
+def test_tf32(name, planned):
+    x_shape, w_shape, arguments = LAYERS[name]
+    memory = torch.channels_last if "channels last" in name else torch.contiguous_format
+    x = torch.randn(x_shape).contiguous(memory_format=memory)
+    w = torch.randn(w_shape) / w_shape[2]
+    dy = torch.randn_like(F.conv2d(x, w, **arguments))
+
+    def run(conv, *operands):
+        x, w, dy = operands
+        w = w.detach().requires_grad_()
+        y = conv(x, w, **arguments)
+        return y.detach(), *torch.autograd.grad(y, w, dy)
+
+    exact = run(F.conv2d, *(t.double() for t in (x, w, dy)))
+    magnitudes = run(F.conv2d, *(t.double().abs() for t in (x, w, dy)))
+    found = run(functools.partial(tk.conv2d, precision="tf32"), x, w, dy)
+    assert planned == ["plan_fprop", "plan_wgrad"]
+    for ours, theirs, magnitude in zip(found, exact, magnitudes, strict=True):
+        # One rounding of each operand to eleven bits.
+        assert ((ours - theirs).abs() <= 2**-10 * magnitude).all()
+    run(functools.partial(tk.conv2d, precision="ieee"), x, w, dy)
+    assert planned == ["plan_fprop", "plan_wgrad"], "fp32 at its own precision does not need tensor cores' operands"
 
 
 def test_a_view_of_a_wider_image(planned, assert_within_budget):
@@ -121,15 +136,16 @@ def test_layers_that_go_another_way(x, stride, planned):
 
 def test_the_runs_of_a_problem():
     problem = Conv2dProblem(128, 3, 224, 224, 64, 11, 11, (4, 4), ((2, 2), (2, 2)))
-    assert problem.runs(2) == Runs(length=16, lead=2, align=4), "from 4 q - 4, two pixels before the filter: 13 pixels"
-    assert problem.runs(4) == Runs(16, 2, 4)
+    whole = Runs(length=16, lead=2, align=4)
+    assert problem.runs(2, "fprop") == whole, "from 4 q - 4, two pixels before the filter: 13 pixels"
+    assert (problem.runs(4, "fprop"), problem.runs(4, "wgrad")) == (Runs(16, 0, 2), Runs(11, 0, 1))
     resnet = Conv2dProblem(128, 3, 224, 224, 64, 7, 7, (2, 2), ((3, 3), (3, 3)))
-    assert resnet.runs(2) == Runs(8, 1, 2)
+    assert resnet.runs(2, "wgrad") == Runs(8, 1, 2)
     flat = resnet.interleaved
     assert (flat.C, flat.W, flat.S, flat.P, flat.Q, flat.flops) == (1, 672, 21, 112, 112, resnet.flops)
-    assert flat.runs(2) == Runs(32, 1, 2)
-    assert Conv2dProblem(1, 3, 9, 9, 4, 3, 3, (1, 1)).runs(2) is None, "two bytes are no asynchronous load"
-    assert Conv2dProblem(1, 3, 9, 9, 4, 3, 3, (1, 1)).runs(4) == Runs(4, 0, 1)
+    assert flat.runs(2, "wgrad") == Runs(32, 1, 2)
+    assert Conv2dProblem(1, 3, 9, 9, 4, 3, 3, (1, 1)).runs(2, "fprop") is None, "two bytes are no asynchronous load"
+    assert Conv2dProblem(1, 3, 9, 9, 4, 3, 3, (1, 1)).runs(4, "fprop") == Runs(4, 0, 1)
 
 
 @pytest.mark.parametrize("arch", ["H100", "A100", "RTX 4090"])
@@ -159,11 +175,17 @@ def test_runs_are_modelled_faster_than_a_rewritten_image():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_compiled(arch):
-    rows = inspect.inspect_all([Case("alexnet", "conv1", p, 128, "fp16") for p in ("fprop", "wgrad")], [arch])
+    chosen = (("fprop", "fp16"), ("wgrad", "fp16"), ("wgrad", "tf32"))
+    rows = inspect.inspect_all([Case("alexnet", "conv1", pass_, 128, dtype) for pass_, dtype in chosen], [arch])
     main = [row for row in rows if row["kernel"].endswith("_runs") and row["role"] == "main"]
-    assert [row["kernel"] for row in main] == ["fprop_runs", "wgrad_runs"]
+    assert [row["kernel"] for row in main] == ["fprop_runs", "wgrad_runs", "wgrad_runs"]
     for row in main:
         assert row["failure"] is None and row["stack_bytes"] == row["spills"] == 0 and row["fits"]
+    *main, tf32 = main
+    assert tf32["mma"] == "HMMA.1688.F32.TF32" and not tf32["serialised"]
+    assert tf32["loop_loads"].keys() == {"LDGSTS.128", "LDGSTS.32", "LDS.32"}
+    assert tf32["loop_loads"]["LDS.32"] <= 1.1 * tf32["loop_mma"], "a warp makes 64 x 64"
+    for row in main:
         assert row["loop_loads"]["LDGSTS.64"] in (8, 16) and not row["serialised"] and not row["register_operand"]
         assert "LDG.16" not in row["loop_loads"] and "LDGSTS.32" not in row["loop_loads"]
 

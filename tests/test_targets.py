@@ -124,6 +124,15 @@ def test_idle_sms_count_at_small_batches_alone() -> None:
     assert not line.met and line.excess == pytest.approx(1.25)
 
 
+def test_products_of_single_warps_fall_short_of_hopper_s() -> None:
+    row = a_row(layer="conv1", pass_="wgrad", dtype="tf32", kernel="wgrad_runs", mma="HMMA.1688.F32.TF32",
+                other_per_mma=6.4, loop_loads={"LDGSTS.32": 32, "LDS.32": 67})  # fmt: skip
+    missed = {line.target: line.excess for line in targets.lines([row]) if not line.met}
+    assert missed.keys() == {"multiplies with HGMMA", TMA, HGMMA}
+    assert missed[HGMMA] == pytest.approx(16 * 6.4 / 24), "sixteen of them are a warp's share of an HGMMA.64x128"
+    assert "asynchronous HGMMA" not in names(targets.lines([row])), "nothing is, but nothing waits either"
+
+
 def test_new_and_stale_shortfalls_are_noticed() -> None:
     lines = targets.lines([a_row(other_per_mma=21.0)])
     where = (HGMMA, "sm_90", "fprop", "conv3")

@@ -74,8 +74,9 @@ def test_a_strided_gradient_has_a_choice_for_every_residue() -> None:
 
 def test_a_first_layer_is_tuned_as_the_blocked_one() -> None:
     shape = Shape("first", "conv2d", nn.Conv2d(3, 8, 7, 4, 2, device="meta"), (2, 3, 15, 15), "relu")
-    assert tune.units(Case("alexnet", "conv1", "fprop", 2, "fp16"), shape, H100) == [], "read in runs"
-    [unit] = tune.units(Case("alexnet", "conv1", "wgrad", 2, "tf32"), shape, H100)
+    for pass_, dtype in (("fprop", "fp16"), ("wgrad", "tf32")):
+        assert tune.units(Case("alexnet", "conv1", pass_, 2, dtype), shape, H100) == [], "read in runs"
+    [unit] = tune.units(Case("alexnet", "conv1", "wgrad", 2, "bf16x3"), shape, H100)
     assert unit.problem == unit.layer.space_to_depth
     assert tune.tune_unit(unit, Stub([5.0]), H100, "cpu", count=1).refused == ()
 

@@ -11,13 +11,36 @@ import triton.language as tl
 from tileconv.kernels.device.pool import _cell_sum, key_of, key_place, key_value, larger, output_tile
 
 
-# Switches are a byte each: those of outputs q and q + 1 together are 16 bytes a thread where their values are twice 16.
+# Switches are a byte each, values TOGETHER = 2 or 4: switches of so many outputs are 16 bytes a thread, as values are.
 @triton.jit
-def _pair(at, inside, q, Q, stride_q):
-    # [2, ROWS, COLS]: offsets and which are inside.
+def _side_by_side(at, inside, q, Q, stride_q, TOGETHER: tl.constexpr):
+    # [2, ROWS, COLS] or [2, 2, ROWS, COLS]: offsets and which are inside.
     beside = tl.arange(0, 2)[:, None, None]
-    both = q.expand_dims(0) + beside
-    return at.expand_dims(0) + beside * stride_q, inside.expand_dims(0) & (both >= 0) & (both < Q)
+    if TOGETHER == 4:
+        beside = beside.expand_dims(0) + (2 * tl.arange(0, 2))[:, None, None, None]
+        at, inside, q = at.expand_dims(0), inside.expand_dims(0), q.expand_dims(0)
+    all_q = q.expand_dims(0) + beside
+    return at.expand_dims(0) + beside * stride_q, inside.expand_dims(0) & (all_q >= 0) & (all_q < Q)
+
+
+@triton.jit
+def _joined(places, FIRST: tl.constexpr, TOGETHER: tl.constexpr):
+    if TOGETHER == 2:
+        return tl.join(places[FIRST], places[FIRST + 1]).permute(2, 0, 1)
+    else:
+        even, odd = tl.join(places[FIRST], places[FIRST + 2]), tl.join(places[FIRST + 1], places[FIRST + 3])
+        return tl.join(even, odd).permute(2, 3, 0, 1)
+
+
+@triton.jit
+def _apart(loaded, TOGETHER: tl.constexpr):
+    if TOGETHER == 2:
+        return loaded.permute(1, 2, 0).split()
+    else:
+        even, odd = loaded.permute(2, 3, 0, 1).split()
+        a, c = even.split()
+        b, d = odd.split()
+        return a, b, c, d
 
 
 @triton.jit
@@ -78,7 +101,6 @@ def max_forward_strips(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    tl.static_assert(R > STRIDE_H and WIDE % 2 == 0)
     n, c, strip_h, strip_w, inside = output_tile(
         tl.program_id(0), C, STRIPS_H, STRIPS_W, HEIGHT, True, INDEX, ROWS, COLS
     )
@@ -93,6 +115,8 @@ def max_forward_strips(
     COUNT: tl.constexpr = (WIDE - 1) * STRIDE_W + S
     KEPT: tl.constexpr = R - STRIDE_H
     TYPE: tl.constexpr = x.dtype.element_ty
+    TOGETHER: tl.constexpr = TYPE.primitive_bitwidth // 8
+    tl.static_assert(R > STRIDE_H and WIDE % TOGETHER == 0)
     first = ()
     for r in tl.static_range(KEPT):
         above = inside & (h0 + r >= 0) & (h0 + r < limit_h)
@@ -134,9 +158,9 @@ def max_forward_strips(
             for r in tl.static_range(KEPT):
                 kept = kept + (rows[STRIDE_H + r],)
         if HAS_SWITCH:
-            for j in tl.static_range(0, WIDE, 2):
-                both, valid = _pair(at + j * stride_yq, owned, q0 + j, Q, stride_yq)
-                tl.store(switch + both, tl.join(places[j], places[j + 1]).permute(2, 0, 1), mask=valid)
+            for j in tl.static_range(0, WIDE, TOGETHER):
+                here, valid = _side_by_side(at + j * stride_yq, owned, q0 + j, Q, stride_yq, TOGETHER)
+                tl.store(switch + here, _joined(places, j, TOGETHER), mask=valid)
         maxima = kept
 
 
@@ -151,9 +175,10 @@ def _window_row(dy, switch, y, at_dy, at, inside, q0, Q, stride_gq, stride_yq, M
         if MASK:
             grad = tl.where(tl.load(y + at + k * stride_yq, mask=valid, other=0.0) > 0, grad, tl.zeros_like(grad))
         grads = grads + (grad,)
-    for k in tl.static_range(0, COUNT, 2):
-        both, inner = _pair(at + k * stride_yq, inside, q0 + k, Q, stride_yq)
-        taps = taps + tl.load(switch + both, mask=inner, other=0).permute(1, 2, 0).split()
+    TOGETHER: tl.constexpr = dy.dtype.element_ty.primitive_bitwidth // 8
+    for k in tl.static_range(0, COUNT, TOGETHER):
+        here, inner = _side_by_side(at + k * stride_yq, inside, q0 + k, Q, stride_yq, TOGETHER)
+        taps = taps + _apart(tl.load(switch + here, mask=inner, other=0), TOGETHER)
     return grads, taps
 
 
@@ -210,7 +235,7 @@ def max_backward_strips(
     BACK_H: tl.constexpr = (R - 1) // STRIDE_H  # windows before a cell's own that reach into it
     BACK_W: tl.constexpr = (S - 1) // STRIDE_W
     COUNT: tl.constexpr = WIDE + BACK_W
-    tl.static_assert(COUNT % 2 == 0)
+    tl.static_assert(COUNT % (dy.dtype.element_ty.primitive_bitwidth // 8) == 0)
     n, c, strip_h, strip_w, inside = output_tile(
         tl.program_id(0), C, STRIPS_H, STRIPS_W, HEIGHT, True, INDEX, ROWS, COLS
     )

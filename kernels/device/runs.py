@@ -126,6 +126,8 @@ def wgrad_runs(
     BLOCK_C: tl.constexpr,
 ):
     LOADED: tl.constexpr = (USED + ALIGN - 1) // ALIGN * ALIGN
+    IN_BITS: tl.constexpr = ALIGN == 1  # no load of several pixels needs a mask that they share
+    tl.static_assert(PIXELS <= 32 or not IN_BITS)
     t = tl.program_id(0)
     n_k = tl.cdiv(K, BLOCK_K)
     k = (t % n_k) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -139,9 +141,18 @@ def wgrad_runs(
     run = d // RUN
     r = run % R * DIL_H - pad_h
     v = (q * STRIDE_W - FIRST)[:, None] + (d % RUN)[None, :]
-    start = v + (tl.cast(run // R, INDEX) * (stride_xc * ALIGN) + r.to(INDEX) * (stride_xh * ALIGN))[None, :]
     inside = (v >= 0) & (v < W * ALIGN) & (q < Q)[:, None] & ((run < C * R) & (d % RUN < LOADED))[None, :]
-    r = tl.where(inside, r[None, :], -2 * _FAR)
+    column = tl.cast(run // R, INDEX) * (stride_xc * ALIGN) + r.to(INDEX) * (stride_xh * ALIGN)
+    if IN_BITS:
+        # A bit for each pixel of a column, and 64-bit offsets whose constants end up in the loads: 9 instructions for
+        # each load instead of 13, and few enough registers for 64 x 64 sums a warp.
+        bit = 1 << tl.arange(0, PIXELS)
+        columns = tl.sum(tl.where(inside, bit[:, None], 0), 0)
+        column = (column + d % RUN - FIRST).to(tl.int64)
+        start = (tl.arange(0, PIXELS).to(tl.int64) * STRIDE_W)[:, None] + column[None, :]
+    else:
+        start = v + column[None, :]
+        r = tl.where(inside, r[None, :], -2 * _FAR)
     grads = dy + k.to(INDEX)[:, None] * stride_yk + q.to(INDEX)[None, :] * stride_yq
     inside_y = (k < K)[:, None] & (q < Q)[None, :]
     share = tl.cdiv(N * P, SPLITS)
@@ -152,7 +163,11 @@ def wgrad_runs(
     for _ in tl.range(begin, tl.minimum(begin + share, N * P)):
         row = n * (stride_xn * ALIGN) + tl.cast(p * STRIDE_H, INDEX) * (stride_xh * ALIGN)
         h = p * STRIDE_H + r
-        patch = tl.load(x + (row + start), mask=h.to(tl.uint32) < H.to(tl.uint32), other=0.0)
+        inside_x = h.to(tl.uint32) < H.to(tl.uint32)
+        if IN_BITS:
+            row += slot % n_q * (PIXELS * STRIDE_W)
+            inside_x = (tl.where(inside_x, columns, 0)[None, :] & bit[:, None]) != 0
+        patch = tl.load(x + row + start, mask=inside_x, other=0.0)
         grad = tl.load(grads + (n * stride_yn + tl.cast(p, INDEX) * stride_yp), mask=inside_y, other=0.0)
         acc = tl.dot(grad, patch, acc, input_precision=PRECISION, out_dtype=ACC)
         p += 1

@@ -26,21 +26,21 @@ def prepare(
     An image lies right if neighbours are side by side and every row starts at an aligned address: [N, C, H, W], or NHWC
     with its channels as columns.  Others are copied, their rows filled up with zeros.
     """
-    if not run_tiles.in_runs(problem, pass_, x.dtype, precision):
+    if not run_tiles.in_runs(problem, pass_, x.dtype, precision, gpu):
         return None
     flat, rows = _in_rows(problem, x)
-    if _lies_right(flat, rows):
+    if _lies_right(flat, pass_, rows):
         return flat, rows, []
     wide = problem.in_aligned_rows
-    if wide.runs(x.itemsize) is None:
+    if wide.runs(x.itemsize, pass_) is None:
         return None
     copy = scratch(torch.empty(wide.x_shape, dtype=x.dtype, device=x.device))
     return wide, copy, [plan_widen(x, copy, gpu=gpu)]
 
 
-def _lies_right(problem: Conv2dProblem, x: torch.Tensor) -> bool:
-    runs = problem.runs(x.itemsize)
-    if runs is None or x.data_ptr() % 16 or (x.stride(3) != 1 and x.shape[3] > 1):
+def _lies_right(problem: Conv2dProblem, pass_: str, x: torch.Tensor) -> bool:
+    runs = problem.runs(x.itemsize, pass_)
+    if runs is None or (runs.align > 1 and x.data_ptr() % 16) or (x.stride(3) != 1 and x.shape[3] > 1):
         return False
     pitches = [stride for extent, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if extent > 1]
     return all(pitch % runs.align == 0 for pitch in pitches)
@@ -64,7 +64,7 @@ def plan_fprop(
     """
     if w.shape != problem.w_shape:
         w = w.permute(0, 2, 3, 1).reshape(problem.w_shape)
-    runs = _runs_of(problem, x)
+    runs = _runs_of(problem, "fprop", x)
     tile = run_tiles.choose_runs(problem, "fprop", x.dtype, precision, gpu, batch_invariant)
     depth = -(-_columns(problem, runs) // tile.block_c) * tile.block_c
     matrix = scratch(torch.empty((problem.K, depth), dtype=w.dtype, device=w.device))
@@ -85,7 +85,7 @@ def plan_wgrad(
 
     `problem` and x as `prepare` makes them, dy and dw the layer's own.
     """
-    runs = _runs_of(problem, x)
+    runs = _runs_of(problem, "wgrad", x)
     tile = run_tiles.choose_runs(problem, "wgrad", x.dtype, precision, gpu)
     columns = _columns(problem, runs)
     slots = tile.splits * triton.cdiv(problem.Q, tile.pixels)
@@ -109,8 +109,8 @@ def plan_wgrad(
     return [*launches, Launch(device.runs_to_filters, (programs,), back, block.num_warps, 1, str(block))]
 
 
-def _runs_of(problem: Conv2dProblem, x: torch.Tensor) -> Runs:
-    runs = problem.runs(x.itemsize)
+def _runs_of(problem: Conv2dProblem, pass_: str, x: torch.Tensor) -> Runs:
+    runs = problem.runs(x.itemsize, pass_)
     assert runs is not None
     return runs
 
