@@ -9,7 +9,7 @@ import torch
 
 from tileconv.kernels import cost, excluded
 from tileconv.kernels.conv_tile import ConvTile, power_of_two
-from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.geometry import Conv2dProblem, Runs
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.tiles import forced
 
@@ -38,29 +38,31 @@ def in_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: s
 
 @lru_cache(maxsize=1024)
 def choose_runs(
-    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, batch_invariant: bool = False
-) -> ConvTile:
+    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, batch_invariant: bool = False,
+    runs: Runs | None = None,
+) -> ConvTile:  # fmt: skip
     """The tile with the least predicted time: box[0] is output pixels, in wgrad of one row, block_c is (c, r, e).
 
-    With batch_invariant it is the tile of one batch size for all of them.
+    With batch_invariant it is the tile of one batch size for all of them.  `runs` are problem.runs if none are given.
     """
     if batch_invariant:
-        tile = choose_runs(replace(problem, N=TYPICAL_BATCH), pass_, dtype, precision, gpu)
+        tile = choose_runs(replace(problem, N=TYPICAL_BATCH), pass_, dtype, precision, gpu, runs=runs)
         # As in tiles.choose: numpy's library adds in an order that the place in a block decides, but not in small ones.
         return replace(tile, box=(16, 1, 1)) if gpu.interprets else tile
-    runs = problem.runs(dtype.itemsize)
+    runs = runs or problem.runs(dtype.itemsize)
     assert runs is not None
     filters = max(power_of_two(problem.K), 16)
     if gpu.interprets:  # few programs, large blocks
         pixels = problem.Q if pass_ == "wgrad" else problem.N * problem.P * problem.Q
         depth = power_of_two(problem.C * problem.R * runs.length)
         box = (min(max(power_of_two(pixels), 16), 1024), 1, 1)
-        return ConvTile("runs", box, min(filters, 512), max(min(depth, 1024), runs.length, 16))
+        return ConvTile("runs", box, min(filters, 512), max(min(depth, 1024), power_of_two(runs.length), 16))
     found = []
     for pixels, block_k, block_c, warps in WGRAD if pass_ == "wgrad" else FPROP:
-        block_c = max(block_c, runs.length)
+        block_c = block_c if runs.inner else max(block_c, runs.length)
         sums = block_k * (block_c if pass_ == "wgrad" else pixels)
-        if block_k > max(filters, 32) or (sums >= 4096 * warps and gpu.arch < 90):
+        # As many sums spill before Hopper, and with the addresses of 4-byte pixels beside them there too.
+        if block_k > max(filters, 32) or (sums >= 4096 * warps and (gpu.arch < 90 or dtype.itemsize == 4)):
             continue
         step = (block_k + (block_c if pass_ == "wgrad" else pixels)) * dtype.itemsize
         step *= pixels if pass_ == "wgrad" else block_c
@@ -68,17 +70,19 @@ def choose_runs(
         if stages < 2:
             continue
         tile = ConvTile("runs", (pixels, 1, 1), block_k, block_c, warps, stages)
-        found += _split(problem, tile, runs.length, gpu) if pass_ == "wgrad" else [tile]
+        found += _split(problem, tile, runs, gpu) if pass_ == "wgrad" else [tile]
     found = excluded.without(found, gpu.name, pass_)
     # Loads that threads address by themselves take their time in ways that the model sees less of than a box's.
     return min(
-        found, key=lambda tile: cost.weighed_us(cost.predict(problem, pass_, tile, dtype, precision, gpu), gpu, 0.15)
+        found,
+        key=lambda tile: cost.weighed_us(cost.predict(problem, pass_, tile, dtype, precision, gpu, runs), gpu, 0.15),
     )
 
 
-def _split(problem: Conv2dProblem, tile: ConvTile, run: int, gpu: GPU) -> list[ConvTile]:
+def _split(problem: Conv2dProblem, tile: ConvTile, runs: Runs, gpu: GPU) -> list[ConvTile]:
     """One, two and four programs an SM, eight rows of outputs each at the least."""
-    programs = -(-problem.K // tile.block_k) * -(-problem.C * problem.R * run // tile.block_c)
-    programs *= -(-problem.Q // tile.pixels)
-    most = max(1, problem.N * problem.P // 8)
+    programs = -(-problem.K // tile.block_k) * -(-problem.C * problem.R * runs.length // tile.block_c)
+    classes = max(1, runs.classes)
+    programs *= -(-problem.Q // tile.pixels) * classes
+    most = max(1, problem.N * problem.P // classes // 8)
     return [replace(tile, splits=min(most, max(1, waves * gpu.sms // programs))) for waves in (1, 2, 4)]
