@@ -228,8 +228,9 @@ class Runs:
     """A row of a filter meets `length` neighbouring pixels of an image row, from `lead` pixels before the filter.
 
     With the lead every run starts at a multiple of `align` pixels; the length is a power of two.  Inner runs meet no
-    pixel outside their row, and where one starts beside a multiple of `align` the filter has zeros before it, as many
-    as follow from its channel and row and from the image's number modulo `classes`; the length is a multiple of `align`.
+    pixel outside their row, and where one starts beside a multiple of `align` the filter has zeros before it: as many
+    as follow from its channel and row and from the image's number modulo `classes`.  Their length is a multiple of
+    `align`.
     """
 
     length: int

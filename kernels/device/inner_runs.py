@@ -1,9 +1,9 @@
 """First layers without padding, straight from an image whose rows start at any address.
 
-As device/runs.py, but no window reaches beyond its row, so nothing that a filter meets needs a mask.  Where a row starts
-beside a multiple of ALIGN elements, its runs start up to ALIGN - 1 elements early, and the filters have as many zeros
-more before them.  How many, follows from channel, filter row and the image's class, its number modulo CLASSES: one matrix
-of filters for each class, and a program's images are all of one.
+As device/runs.py, but no window reaches beyond its row, so nothing that a filter meets needs a mask.  Where a row
+starts beside a multiple of ALIGN elements, its runs start up to ALIGN - 1 elements early, and the filters have as many
+zeros more before them.  How many, follows from channel, filter row and the image's class, its number modulo CLASSES:
+one matrix of filters for each class, and a program's images are all of one.
 """
 
 import triton
@@ -47,8 +47,8 @@ def _places(
     return at, s
 
 
-# Sums of the output pixels `first` and after it, of their class: [BLOCK_K, PIXELS].  EXACT reads what the filters meet and
-# nothing beside it, element by element.
+# Sums of the output pixels `first` and after it, of their class: [BLOCK_K, PIXELS].  EXACT reads what the filters meet
+# and nothing beside it, element by element.
 @triton.jit
 def _sums(
     x,
@@ -62,6 +62,7 @@ def _sums(
     stride_xh,
     step_xn,
     step_xp,
+    DEPTH,
     P: tl.constexpr,
     Q: tl.constexpr,
     C: tl.constexpr,
@@ -72,7 +73,6 @@ def _sums(
     CLASSES: tl.constexpr,
     STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr,
-    DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
@@ -126,6 +126,7 @@ def fprop_inner_runs(
     stride_yp,
     stride_yq,
     stride_yk,
+    DEPTH,  # no constant: short loops would be unrolled out of their pipeline
     P: tl.constexpr,  # constants, because every pixel is divided by them
     Q: tl.constexpr,
     C: tl.constexpr,
@@ -136,7 +137,6 @@ def fprop_inner_runs(
     CLASSES: tl.constexpr,
     STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr,
-    DEPTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -156,8 +156,8 @@ def fprop_inner_runs(
     first = tl.cast(t // CLASSES, INDEX) * PIXELS
     filters = w + (cls * K + k).to(INDEX) * DEPTH
     acc = _sums(
-        x, filters, k < K, first, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, P, Q, C, R, S, RUN, ALIGN,
-        CLASSES, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, False,
+        x, filters, k < K, first, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R, S, RUN,
+        ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, False,
     )  # fmt: skip
     # A zero of the filters times what lies beside a window is NaN where that is infinite or NaN: once more, without it.
     if tl.max(tl.max((acc != acc).to(tl.int32), 0), 0) == 0:
@@ -166,8 +166,8 @@ def fprop_inner_runs(
     else:
         for some in tl.range(first, first + PIXELS, FEW):
             few = _sums(
-                x, filters, k < K, some, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, P, Q, C, R, S, RUN,
-                ALIGN, CLASSES, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, True,
+                x, filters, k < K, some, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R, S,
+                RUN, ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, True,
             )  # fmt: skip
             _finish(few, y, bias, some, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES,
                     HAS_BIAS, ACTIVATION, OUT, FEW)  # fmt: skip

@@ -163,8 +163,8 @@ def wgrad_runs(
     tl.store(dw + rows[:, None] + d[None, :], acc, mask=(k < K)[:, None] & (d < C * R * RUN)[None, :])
 
 
-# out[cls, k, (c, r, e)] = w[k, c, r, e - LEAD - shift], zero outside the filter.  An inner run's shift is where it starts,
-# modulo ALIGN, in images of class cls.
+# out[cls, k, (c, r, e)] = w[k, c, r, e - LEAD - shift], zero outside the filter.  An inner run's shift is where its row
+# starts, modulo ALIGN, in images of class cls.
 @triton.jit
 def filters_to_runs(
     w,  # pointer, any strides
