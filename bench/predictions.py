@@ -122,10 +122,10 @@ def _products(case: Case, launches: Sequence[Any], gpu: Any) -> dict[int, tuple[
 
 
 def _runs_of(arguments: Mapping[str, Any]) -> Any:
-    """The runs that a launch was planned with."""
+    """The inner runs that a launch was planned with; None if it has others, which follow from its problem."""
     from tileconv.kernels.geometry import Runs
 
-    return Runs(arguments["RUN"], arguments.get("FIRST", 0), arguments["ALIGN"], arguments.get("CLASSES", 0))
+    return Runs(arguments["RUN"], 0, arguments["ALIGN"], arguments["CLASSES"]) if "CLASSES" in arguments else None
 
 
 def _shared(found: dict[int, tuple[Any, int, int]], needed: int) -> dict[int, tuple[Any, int, int]]:

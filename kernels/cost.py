@@ -381,9 +381,9 @@ class _Rates:
         self.bytes = shape.step_bytes(dtype.itemsize)
         self.stage = shape.stage_bytes(dtype.itemsize)
         # Compiled loops of runs: 60 instructions and 11 for each load, which addresses and masks its pixels by itself;
-        # of inner runs 90 and 5.
-        before, each = (90, 5) if shape.inner else (60, 11)
-        loads = each * shape.loads * shape.columns * shape.depth / (32 * tile.num_warps)
+        # of inner runs, 36 compiled for sm_90, at most 90 and 5 or little more.
+        before, a_load = (90, 5) if shape.inner else (60, 11)
+        loads = a_load * shape.loads * shape.columns * shape.depth / (32 * tile.num_warps)
         fetched = shape.fetch * self.stage / 16 / (32 * tile.num_warps)
         on_tensor_cores = dtype.itemsize == 2 or precision == "tf32"
         self.tensor = flops * gpu.clock * gpu.sms / gpu.peak(dtype, precision) / TENSOR_LOAD

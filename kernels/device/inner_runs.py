@@ -166,8 +166,8 @@ def fprop_inner_runs(
     else:
         for some in tl.range(first, first + PIXELS, FEW):
             few = _sums(
-                x, filters, k < K, some, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R, S,
-                RUN, ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, True,
+                x, filters, k < K, some, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R,
+                S, RUN, ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, True,
             )  # fmt: skip
             _finish(few, y, bias, some, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES,
                     HAS_BIAS, ACTIVATION, OUT, FEW)  # fmt: skip
