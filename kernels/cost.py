@@ -186,6 +186,10 @@ def predict(
     if pass_ == "wgrad" and gpu.arch // 10 == 9 and precision == "tf32" and as_they_lie and not tile.flat:
         rate.alone = 2 * stage / 128 + LOAD_CYCLES / 4
     threads_need = registers(shape.rows, shape.columns, tile.num_warps, gpu)
+    if tile.formulation == "runs" and gpu.arch >= 90:
+        # 44 inner runs compiled for sm_90 take 32 to 126 beside their sums, half of them at most 68; runs with masks,
+        # 256 pixels x 64 filters in four warps, 106.
+        threads_need = min(255, threads_need + 36)
     buffers = tile.num_stages - (gpu.arch < 90)  # one stage is in registers there
     resident = max(1, occupancy(threads_need, stage * buffers, tile.num_warps, gpu))
     cycles = rate.phase(whole_tiles, shape.steps, whole, resident)

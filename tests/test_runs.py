@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import tileconv.kernels as tk
-from tileconv.bench import inspect
+from tileconv.bench import inspect, predictions
 from tileconv.bench.cases import Case, launches
 from tileconv.kernels import cost, hardware, run_tiles, tiles
 from tileconv.kernels.geometry import Conv2dProblem, Runs
@@ -213,6 +213,16 @@ def test_runs_are_modelled_faster_than_a_rewritten_image():
         times = [cost.predict(p, pass_, t, torch.float16, "ieee", gpu).modelled_us
                  for p, t in ((problem, tile), (blocks, rewritten))]  # fmt: skip
         assert times[0] < times[1], "and the rewriting is not even counted"
+
+
+@pytest.mark.parametrize(("pass_", "limit"), [("fprop", 2.0), ("wgrad", 2.5)])
+def test_rows_that_start_anywhere_are_modelled_without_a_copy(pass_, limit):
+    case, gpu = Case("alexnet-2012", "conv1", pass_, 128, "fp16"), hardware.GPUS["H100"]
+    rows = predictions.predictions(case, launches(case, gpu), gpu)
+    times, floor = [row["modelled_us"] for row in rows], rows[0]["floor_us"]
+    assert sum(times) <= limit * floor
+    image = 2 * 128 * 3 * 227 * 227
+    assert sum(times) + cost.streaming_us(2 * image, gpu) > limit * floor, "the limit leaves no room for a copy"
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def fprop_inner_runs(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    FEW: tl.constexpr = min(PIXELS, 64)
+    FEW: tl.constexpr = 64 if PIXELS > 64 else PIXELS
     t = tl.program_id(0)
     n_k = tl.cdiv(K, BLOCK_K)
     k = (t % n_k) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -160,7 +160,7 @@ def fprop_inner_runs(
         ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, False,
     )  # fmt: skip
     # A zero of the filters times what lies beside a window is NaN where that is infinite or NaN: once more, without it.
-    if tl.max(tl.max((acc != acc).to(tl.int32), 0), 0) == 0:
+    if tl.max((acc != acc).to(tl.int32)) == 0:
         _finish(acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES, HAS_BIAS,
                 ACTIVATION, OUT, PIXELS)  # fmt: skip
     else:
