@@ -86,14 +86,17 @@ def _sums(
     m = tl.where(m * CLASSES + cls < N, m, 0)  # read, and not stored
     start = (m * step_xn + (i // Q % P) * step_xp + i % Q * (STRIDE_W // ALIGN)) * ALIGN
     d = tl.arange(0, BLOCK_C)
-    acc = tl.zeros((BLOCK_K, PIXELS), ACC)
+    acc = tl.zeros((PIXELS, BLOCK_K) if EXACT else (BLOCK_K, PIXELS), ACC)
     for d0 in tl.range(0, DEPTH, BLOCK_C, num_stages=1 if EXACT else None):
         at, s = _places(d0, d, cls, stride_xn, stride_xc, stride_xh, C, R, S, RUN, ALIGN, DIL_H, INDEX)
         at = x + (start[:, None] + at[None, :])
         pixels = tl.load(at, mask=((s >= 0) & (s < S))[None, :], other=0.0) if EXACT else tl.load(at)
         a = tl.load(filters[:, None] + (d0 + d)[None, :], mask=inside[:, None], other=0.0)
-        acc = tl.dot(a, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
-    return acc
+        if EXACT:  # fewer than 64 rows: mma.sync, which needs no waiting for what is written to shared memory
+            acc = tl.dot(pixels, a.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            acc = tl.dot(a, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc.T if EXACT else acc
 
 
 @triton.jit
@@ -147,7 +150,7 @@ def fprop_inner_runs(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    FEW: tl.constexpr = 64 if PIXELS > 64 else PIXELS
+    FEW: tl.constexpr = 16
     t = tl.program_id(0)
     n_k = tl.cdiv(K, BLOCK_K)
     k = (t % n_k) * BLOCK_K + tl.arange(0, BLOCK_K)
