@@ -99,17 +99,23 @@ def _sums(
     return acc.T if EXACT else acc
 
 
+# AGAIN replaces NaN alone: what a window without it made keeps its bits.
 @triton.jit
 def _finish(
     acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P: tl.constexpr, Q: tl.constexpr,
     CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, OUT: tl.constexpr, PIXELS: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):  # fmt: skip
     acc = bias_and_activation(acc, bias, 0, k, K, HAS_BIAS, ACTIVATION)
     i = first + tl.arange(0, PIXELS)
     n = (i // Q // P).to(tl.int64) * CLASSES + cls
     at = n * stride_yn + (i // Q % P).to(tl.int64) * stride_yp + (i % Q).to(tl.int64) * stride_yq
-    rows = k.to(tl.int64) * stride_yk
-    tl.store(y + rows[:, None] + at[None, :], acc.to(OUT), mask=(k < K)[:, None] & (n < N)[None, :])
+    y += (k.to(tl.int64) * stride_yk)[:, None] + at[None, :]
+    inside = (k < K)[:, None] & (n < N)[None, :]
+    if AGAIN:
+        before = tl.load(y, mask=inside, other=0.0).to(tl.float32)
+        inside &= before != before
+    tl.store(y, acc.to(OUT), mask=inside)
 
 
 @triton.jit
@@ -162,18 +168,19 @@ def fprop_inner_runs(
         x, filters, k < K, first, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R, S, RUN,
         ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, False,
     )  # fmt: skip
+    poisoned = tl.max((acc != acc).to(tl.int32)) > 0
+    _finish(acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES, HAS_BIAS,
+            ACTIVATION, OUT, PIXELS, False)  # fmt: skip
     # A zero of the filters times what lies beside a window is NaN where that is infinite or NaN: once more, without it.
-    if tl.max((acc != acc).to(tl.int32)) == 0:
-        _finish(acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES, HAS_BIAS,
-                ACTIVATION, OUT, PIXELS)  # fmt: skip
-    else:
+    if poisoned:
+        tl.debug_barrier()  # each thread reads what others wrote
         for some in tl.range(first, first + PIXELS, FEW):
             few = _sums(
                 x, filters, k < K, some, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R,
                 S, RUN, ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, True,
             )  # fmt: skip
             _finish(few, y, bias, some, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES,
-                    HAS_BIAS, ACTIVATION, OUT, FEW)  # fmt: skip
+                    HAS_BIAS, ACTIVATION, OUT, FEW, True)  # fmt: skip
 
 
 # As wgrad_runs; each program has the rows of one class's images.
