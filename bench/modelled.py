@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from tileconv.kernels.geometry import AdaptivePool2dProblem, Conv2dProblem, Pool2dProblem
+    from tileconv.kernels.geometry import AdaptivePool2dProblem, Conv2dProblem, Pool2dProblem, Runs
     from tileconv.kernels.hardware import GPU
     from tileconv.model.shapes import Row
 
@@ -22,13 +22,12 @@ def product_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
     from tileconv.kernels import cost, run_tiles, tiles
     from tileconv.kernels.launch import padded
 
-    inner, moved = problem, []
-    choose = tiles.choose
+    inner, moved, runs = problem, [], None
     if run_tiles.in_runs(problem, "fprop", dtype, "ieee", gpu):
-        choose = run_tiles.choose_runs
-        if problem.runs(dtype.itemsize, "fprop") is None:
+        runs = _contiguous_runs(problem, dtype)
+        if runs is None:
             inner = problem.in_aligned_rows
-            moved = [(problem.x_shape, inner.x_shape)]
+            moved, runs = [(problem.x_shape, inner.x_shape)], _contiguous_runs(inner, dtype)
         moved.append((problem.w_shape, problem.w_shape))
     elif tiles.first_layer(problem, "fprop", dtype, gpu):
         inner = problem.space_to_depth
@@ -36,9 +35,17 @@ def product_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
     elif padded.applies(problem, "fprop", dtype, "ieee", gpu):
         [(inner, _)] = padded.problems(problem, "fprop", dtype)
         moved = [(problem.x_shape, inner.x_shape), (problem.w_shape, inner.w_shape)]
-    tile = choose(inner, "fprop", dtype, "ieee", gpu)
-    modelled = cost.predict(inner, "fprop", tile, dtype, "ieee", gpu).modelled_us
+    if runs:
+        tile = run_tiles.choose_runs(inner, "fprop", dtype, "ieee", gpu, runs=runs)
+    else:
+        tile = tiles.choose(inner, "fprop", dtype, "ieee", gpu)
+    modelled = cost.predict(inner, "fprop", tile, dtype, "ieee", gpu, runs).modelled_us
     return modelled + sum(moved_us([math.prod(shape) for shape in pair], dtype, gpu) for pair in moved)
+
+
+def _contiguous_runs(problem: Conv2dProblem, dtype: torch.dtype) -> Runs | None:
+    pitches = (problem.C * problem.H * problem.W, problem.H * problem.W, problem.W)
+    return problem.inner_runs(dtype.itemsize, "fprop", pitches) or problem.runs(dtype.itemsize, "fprop")
 
 
 def moved_us(elements: Sequence[int], dtype: torch.dtype, gpu: GPU) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .cases import DTYPES, Case, parts, shape_of
@@ -12,8 +12,8 @@ from .problems import bytes_least, conv_pool_problem, conv_problem
 from .traffic import traffic
 from .traffic_base import Traffic
 
-PRODUCTS = ("fprop_box", "fprop_gather", "fprop_runs", "wgrad_box", "wgrad_gather", "wgrad_runs")
-IN_RUNS = ("fprop_runs", "wgrad_runs")
+IN_RUNS = ("fprop_runs", "wgrad_runs", "fprop_inner_runs", "wgrad_inner_runs")
+PRODUCTS = ("fprop_box", "fprop_gather", "wgrad_box", "wgrad_gather", *IN_RUNS)
 FINISHES = ("fprop_finish", "add_slices")
 NOTHING: dict[str, Any] = {
     "useful_rows": None, "useful_columns": None, "wave_efficiency": None, "bytes_read": None, "bytes_written": None,
@@ -108,13 +108,24 @@ def _products(case: Case, launches: Sequence[Any], gpu: Any) -> dict[int, tuple[
     problems = _problems(case, [launches[place] for place in places], gpu) if places else []
     found = {}
     for place, (own, asked, pass_) in zip(places, problems, strict=True):
-        choose = run_tiles.choose_runs if launches[place].kernel.__name__ in IN_RUNS else tiles.choose
-        tile = choose(own, pass_, dtype, case.precision, gpu)
+        runs = None
+        if launches[place].kernel.__name__ in IN_RUNS:
+            runs = _runs_of(launches[place].arguments)
+            tile = run_tiles.choose_runs(own, pass_, dtype, case.precision, gpu, runs=runs)
+        else:
+            tile = tiles.choose(own, pass_, dtype, case.precision, gpu)
         if str(tile) != launches[place].tile:
             raise RuntimeError(f"{case}: the launch uses {launches[place].tile!r}, the model was asked about {tile}")
-        prediction = cost.predict(own, pass_, tile, dtype, case.precision, gpu)
+        prediction = cost.predict(own, pass_, tile, dtype, case.precision, gpu, runs)
         found[place] = prediction, asked.flops, asked.bytes_least(dtype.itemsize)
     return _shared(found, conv_problem(shape_of(case)).flops)
+
+
+def _runs_of(arguments: Mapping[str, Any]) -> Any:
+    """The inner runs that a launch was planned with; None if it has others, which follow from its problem."""
+    from tileconv.kernels.geometry import Runs
+
+    return Runs(arguments["RUN"], 0, arguments["ALIGN"], arguments["CLASSES"]) if "CLASSES" in arguments else None
 
 
 def _shared(found: dict[int, tuple[Any, int, int]], needed: int) -> dict[int, tuple[Any, int, int]]:

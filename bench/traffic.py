@@ -468,9 +468,44 @@ def _wgrad_runs(a: Arguments) -> Traffic:
     return Traffic(read, written, reached * size + grads + written)
 
 
+def _inner_runs(a: Arguments) -> int:
+    """Bytes of x that windows meet; loads begin and end up to an aligned load beside them."""
+    _, planes, extent, _ = a["x"].shape
+    rows = _touched(a["P"], a["R"], (a["step_xp"] * a["ALIGN"]) // a["stride_xh"], 0, a["DIL_H"], extent)
+    columns = _touched(a["Q"], a["S"], a["STRIDE_W"], 0, 1, (a["Q"] - 1) * a["STRIDE_W"] + a["S"])
+    return int(a["N"] * planes * rows * columns * _itemsize(a["x"]))
+
+
+def _fprop_inner_runs(a: Arguments) -> Traffic:
+    size = _itemsize(a["x"])
+    tiles = a["CLASSES"] * _cdiv(_cdiv(a["N"], a["CLASSES"]) * a["P"] * a["Q"], a["PIXELS"])
+    biases = a["K"] * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
+    weights = a["K"] * a["DEPTH"] * size
+    written = a["N"] * a["P"] * a["Q"] * a["K"] * _itemsize(a["y"])
+    # Nothing is masked: what no filter meets and what is beyond the last pixel reads what is there anyway.
+    pixels = tiles * a["PIXELS"] * a["DEPTH"] * _cdiv(a["K"], a["BLOCK_K"]) * size
+    used = min(a["CLASSES"], a["N"]) * weights
+    return Traffic(pixels + tiles * (weights + biases), written, _inner_runs(a) + used + biases + written)
+
+
+def _wgrad_inner_runs(a: Arguments) -> Traffic:
+    tiles = _cdiv(a["C"] * a["R"] * a["RUN"], a["BLOCK_C"])
+    rows = a["N"] * a["P"] * a["Q"]
+    grads = rows * a["K"] * _itemsize(a["dy"])
+    pixels = rows * tiles * a["BLOCK_C"] * _cdiv(a["K"], a["BLOCK_K"]) * _itemsize(a["x"])
+    written = a["dw"].numel() * _itemsize(a["dw"])
+    return Traffic(pixels + grads * tiles, written, _inner_runs(a) + grads + written)
+
+
 def _filters_to_runs(a: Arguments) -> Traffic:
-    read = a["out"].shape[0] * a["C"] * a["R"] * a["S"] * _itemsize(a["w"])
+    classes, filters, _ = a["out"].shape
+    read = classes * filters * a["C"] * a["R"] * a["S"] * _itemsize(a["w"])
     written = a["SIZE"] * _itemsize(a["out"])
+    return Traffic(read, written, read // classes + written)
+
+
+def _runs_to_filters(a: Arguments) -> Traffic:
+    read, written = a["CLASSES"] * a["SIZE"] * _itemsize(a["sums"]), a["SIZE"] * _itemsize(a["dw"])
     return Traffic(read, written, read + written)
 
 
@@ -525,8 +560,10 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "widen": _widen,
     "fprop_runs": _fprop_runs,
     "wgrad_runs": _wgrad_runs,
+    "fprop_inner_runs": _fprop_inner_runs,
+    "wgrad_inner_runs": _wgrad_inner_runs,
     "filters_to_runs": _filters_to_runs,
-    "runs_to_filters": _each_once("sums", out="dw"),
+    "runs_to_filters": _runs_to_filters,
     "bias_backward": _bias_backward,
     "relu_forward": _each_once("x", out="y"),
     "relu_backward": _each_once("dy", "y", out="dx"),

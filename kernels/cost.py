@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from tileconv.kernels import fp32
-from tileconv.kernels.geometry import Conv2dProblem, Pair, Pool2dProblem
+from tileconv.kernels.geometry import Conv2dProblem, Pair, Pool2dProblem, Runs
 from tileconv.kernels.hardware import GPU
 
 TENSOR_LOAD = 0.80  # share of the data sheet's tensor-core rate that lasts under load (power)
@@ -163,15 +163,19 @@ def _reached(
     return len(starts), pairs
 
 
-def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, precision: str, gpu: GPU) -> Prediction:
+def predict(
+    problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, precision: str, gpu: GPU,
+    runs: Runs | None = None,
+) -> Prediction:  # fmt: skip
     """One launch of a convolution pass, and the second kernel if partial sums need one.
 
     A dgrad problem is the rephrased one, geometry.DgradPart.problem.  What splits operands into parts is a launch of
-    its own; here every product of parts goes through the depth once more.
+    its own; here every product of parts goes through the depth once more.  `runs` are those of a first layer that is
+    read so, problem.runs if none are given.
     """
     item = dtype.itemsize
     if tile.formulation == "runs":
-        shape = _runs_shape(problem, pass_, tile, item)
+        shape = _runs_shape(problem, pass_, tile, item, runs or problem.runs(item, pass_))
     else:
         shape = _wgrad_shape(problem, tile) if pass_ == "wgrad" else _fprop_shape(problem, tile)
     products, read_type = fp32.products(precision), fp32.multiplied(dtype, precision)
@@ -191,6 +195,10 @@ def predict(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, 
         rate.alone = 2 * stage / 128 + LOAD_CYCLES / 4
     by_warps = gpu.arch < 90 or shape.fragments
     threads_need = registers(shape.rows, shape.columns, tile.num_warps, by_warps)
+    if tile.formulation == "runs" and not by_warps:
+        # 44 inner runs compiled for sm_90 take 38 to 168 beside their sums, half of them at most 75; runs with masks,
+        # 256 pixels x 64 filters in four warps, 106.
+        threads_need = min(255, threads_need + 36)
     buffers = tile.num_stages - by_warps  # one stage is in registers there
     resident = max(1, occupancy(threads_need, stage * buffers, tile.num_warps, gpu))
     shared_ctas = min(shared_tiles, shape.tiles) * tile.splits
@@ -248,6 +256,7 @@ class _Shape:
     useful_columns: float
     fresh_bytes: float | None = None  # what a step's columns take from L2, where L1 holds the rest
     loads: float = 0.0  # loads of runs, for every element of the columns
+    inner: bool = False  # whether none of them needs a mask of its own
     fetch: float = 0.0  # instructions that pointers take for 16 bytes of the operands
     inside: float = 1.0  # share of a box's channels that there are: the copy engine fetches no others
     fragments: bool = False  # mma.sync, in one pixel's loads: each warp reads its operands from shared memory
@@ -320,10 +329,11 @@ def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
     return _Shape(tiles, steps, tile.rows, tile.channels * tile.taps, tile.pixels, K / (row_tiles * tile.rows), useful)
 
 
-def _runs_shape(problem: Conv2dProblem, pass_: str, tile: Tile, item: int) -> _Shape:
+def _runs_shape(problem: Conv2dProblem, pass_: str, tile: Tile, item: int, runs: Runs | None) -> _Shape:
     """A first layer's pass; steps of fprop go along the depth, those of wgrad along one row of outputs each."""
-    runs = problem.runs(item, pass_)
     assert runs is not None
+    classes = max(1, runs.classes)  # a program's images are all of one
+    images = -(-problem.N // classes)
     depth = problem.C * problem.R * runs.length
     row_tiles = -(-problem.K // tile.rows)
     useful_rows = problem.K / (row_tiles * tile.rows)
@@ -335,16 +345,16 @@ def _runs_shape(problem: Conv2dProblem, pass_: str, tile: Tile, item: int) -> _S
         reached = min(problem.W, (tile.pixels - 1) * problem.stride[1] + problem.S)
         fresh = problem.C * reached * item * problem.stride[0] * min(1.0, tile.block_c / depth)
         return _Shape(
-            row_tiles * column_tiles * widths, problem.N * problem.P, tile.rows, tile.block_c, tile.pixels,
-            useful_rows, useful, fresh, 1 / runs.align, fragments=item == 4,
+            row_tiles * column_tiles * widths * classes, images * problem.P, tile.rows, tile.block_c, tile.pixels,
+            useful_rows, useful, fresh, 1 / runs.align, runs.inner, fragments=item == 4,
         )  # fmt: skip
-    boxes = -(-problem.N * problem.P * problem.Q // tile.pixels)
+    boxes = classes * -(-images * problem.P * problem.Q // tile.pixels)
     steps = -(-depth // tile.block_c)
     image_rows = (tile.pixels / problem.Q) * problem.stride[0] + (problem.R - 1) * problem.dilation[0] + 1
     useful = problem.N * problem.P * problem.Q / (boxes * tile.pixels) * problem.C * problem.taps / depth
     return _Shape(
         boxes * row_tiles, steps, tile.rows, tile.pixels, tile.block_c, useful_rows, useful,
-        problem.C * problem.W * item * image_rows / steps, 1 / runs.align,
+        problem.C * problem.W * item * image_rows / steps, 1 / runs.align, runs.inner,
     )  # fmt: skip
 
 
@@ -407,8 +417,10 @@ class _Rates:
         self.gpu = gpu
         self.bytes = shape.step_bytes(dtype.itemsize)
         self.stage = shape.stage_bytes(dtype.itemsize)
-        # Compiled loops of runs: 60 instructions and 11 for each load, which addresses and masks its pixels by itself.
-        loads = 11 * shape.loads * shape.columns * shape.depth / (32 * tile.num_warps)
+        # Compiled loops of runs: 60 instructions and 11 for each load, which addresses and masks its pixels by itself;
+        # of inner runs, 36 compiled for sm_90, at most 90 and 5 or little more.
+        before, a_load = (90, 5) if shape.inner else (60, 11)
+        loads = a_load * shape.loads * shape.columns * shape.depth / (32 * tile.num_warps)
         fetched = shape.fetch * self.stage / 16 / (32 * tile.num_warps)
         on_tensor_cores = dtype.itemsize == 2 or precision == "tf32"
         lasting = min(TENSOR_LOAD, gpu.sync_share) if shape.fragments or shape.rows < 64 else TENSOR_LOAD
@@ -424,7 +436,7 @@ class _Rates:
             if tile.formulation == "gather":
                 instructions = 60 + fetched
             if tile.formulation == "runs":
-                instructions = 60 + 2 * products + loads
+                instructions = before + 2 * products + loads
             self.shared = reads * shape.depth * dtype.itemsize / 128
             if loads:  # their way into shared memory is shorter than the copy engine's: 128 bytes a cycle too
                 self.shared += self.stage / 128

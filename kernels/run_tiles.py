@@ -9,13 +9,15 @@ import torch
 
 from tileconv.kernels import cost, excluded
 from tileconv.kernels.conv_tile import ConvTile, power_of_two
-from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.geometry import Conv2dProblem, Runs
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.tiles import forced
 
 TYPICAL_BATCH = 32
 # (pixels, filters, depth of a step, warps).  Compiled for sm_80 and sm_90 none spills, and on sm_90 no product waits
 # for another; 256 pixels x 64 filters in four warps only from sm_90 on, in 2-byte types: of fp32 they spill 142 times.
+# Of inner runs two of 60 forward kernels keep 8 and 16 bytes in memory on sm_90: 256 pixels x 128 filters of fp16, and
+# 128 x 32 of contiguous-channel TF32.
 FPROP = (
     (256, 64, 32, 4), (256, 64, 32, 8), (128, 64, 64, 4), (128, 64, 32, 4), (64, 64, 64, 4), (32, 64, 64, 4),
     (256, 128, 32, 8), (128, 128, 64, 8), (128, 32, 64, 4),
@@ -43,17 +45,18 @@ def in_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: s
 
 @lru_cache(maxsize=1024)
 def choose_runs(
-    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, batch_invariant: bool = False
-) -> ConvTile:
+    problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, batch_invariant: bool = False,
+    runs: Runs | None = None,
+) -> ConvTile:  # fmt: skip
     """The tile with the least predicted time: box[0] is output pixels, in wgrad of one row, block_c is (c, r, e).
 
-    With batch_invariant it is the tile of one batch size for all of them.
+    With batch_invariant it is the tile of one batch size for all of them.  `runs` are problem.runs if none are given.
     """
     if batch_invariant:
-        tile = choose_runs(replace(problem, N=TYPICAL_BATCH), pass_, dtype, precision, gpu)
+        tile = choose_runs(replace(problem, N=TYPICAL_BATCH), pass_, dtype, precision, gpu, runs=runs)
         # As in tiles.choose: numpy's library adds in an order that the place in a block decides, but not in small ones.
         return replace(tile, box=(16, 1, 1)) if gpu.interprets else tile
-    runs = problem.runs(dtype.itemsize, pass_)
+    runs = runs or problem.runs(dtype.itemsize, pass_)
     assert runs is not None
     filters = max(power_of_two(problem.K), 16)
     if gpu.interprets:  # few programs, large blocks
@@ -65,8 +68,9 @@ def choose_runs(
     found = []
     in_bits = pass_ == "wgrad" and dtype.itemsize == 4
     for pixels, block_k, block_c, warps in WGRAD_TF32 if in_bits else WGRAD if pass_ == "wgrad" else FPROP:
-        block_c = block_c if in_bits else max(block_c, runs.length)
+        block_c = block_c if in_bits or runs.inner else max(block_c, runs.length)
         sums = block_k * (block_c if pass_ == "wgrad" else pixels)
+        # As many sums spill before Hopper, and with the addresses of 4-byte pixels beside them there too.
         most = 4096 * warps if (gpu.arch < 90 or dtype.itemsize == 4) and not in_bits else 1 << 16
         if block_k > max(filters, 32) or sums >= most:
             continue
@@ -76,21 +80,23 @@ def choose_runs(
         if stages < 2:
             continue
         tile = ConvTile("runs", (pixels, 1, 1), block_k, block_c, warps, stages)
-        found += _split(problem, tile, runs.length, gpu) if pass_ == "wgrad" else [tile]
+        found += _split(problem, tile, runs, gpu) if pass_ == "wgrad" else [tile]
     found = excluded.without(found, gpu.name, pass_)
     # Loads that threads address by themselves take their time in ways that the model sees less of than a box's.
     return min(
-        found, key=lambda tile: cost.weighed_us(cost.predict(problem, pass_, tile, dtype, precision, gpu), gpu, 0.15)
+        found,
+        key=lambda tile: cost.weighed_us(cost.predict(problem, pass_, tile, dtype, precision, gpu, runs), gpu, 0.15),
     )
 
 
-def _split(problem: Conv2dProblem, tile: ConvTile, run: int, gpu: GPU) -> list[ConvTile]:
+def _split(problem: Conv2dProblem, tile: ConvTile, runs: Runs, gpu: GPU) -> list[ConvTile]:
     """One, two and four programs an SM, eight rows of outputs each at the least.
 
     Programs of fewer than four warps are as many as make eight, so that no scheduler waits for a single warp's reads.
     """
-    programs = -(-problem.K // tile.block_k) * -(-problem.C * problem.R * run // tile.block_c)
-    programs *= -(-problem.Q // tile.pixels)
-    most = max(1, problem.N * problem.P // 8)
+    programs = -(-problem.K // tile.block_k) * -(-problem.C * problem.R * runs.length // tile.block_c)
+    classes = max(1, runs.classes)
+    programs *= -(-problem.Q // tile.pixels) * classes
+    most = max(1, problem.N * problem.P // classes // 8)
     each = (1, 2, 4) if tile.num_warps >= 4 else (8 // tile.num_warps,)
     return [replace(tile, splits=min(most, max(1, waves * gpu.sms // programs))) for waves in each]

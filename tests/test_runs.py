@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import tileconv.kernels as tk
-from tileconv.bench import inspect
+from tileconv.bench import inspect, predictions
 from tileconv.bench.cases import Case, launches
 from tileconv.kernels import cost, hardware, run_tiles, tiles
 from tileconv.kernels.geometry import Conv2dProblem, Runs
@@ -26,6 +27,10 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "7x7 s2, channels last": ((1, 3, 14, 18), (16, 3, 7, 7), {"stride": 2, "padding": 3}),
     "rows at any address": ((2, 3, 17, 23), (12, 3, 5, 5), {"stride": 4, "padding": 1}),
     "rows at any address, channels last": ((2, 3, 15, 17), (16, 3, 7, 7), {"stride": 2, "padding": (0, 3)}),
+    "no padding": ((5, 3, 16, 23), (12, 3, 11, 11), {"stride": 4}),
+    "no padding, channels last": ((6, 3, 15, 19), (18, 3, 7, 7), {"stride": 4}),
+    "no padding, rows dilated": ((3, 2, 12, 25), (9, 2, 3, 5), {"stride": 2, "dilation": (2, 1)}),
+    "no padding, one image": ((1, 3, 15, 15), (8, 3, 11, 11), {"stride": 4}),
     "one column of filters": ((3, 2, 8, 10), (17, 2, 2, 1), {"stride": 2}),
     "more output columns than a step of wgrad": ((1, 1, 3, 4200), (4, 1, 3, 3), {"stride": 2, "padding": 1}),
 }
@@ -104,19 +109,58 @@ def test_a_view_of_a_wider_image(planned, assert_within_budget):
     assert planned == ["plan_fprop"] * 3
 
 
-def test_which_images_are_copied():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    ("size", "batch", "padding", "batch_invariant", "kernels"),
+    [
+        pytest.param(224, 128, 2, False, ["fprop_runs"], id="aligned"),
+        pytest.param(227, 128, 2, False, ["widen", "fprop_runs"], id="padded: what is beside a row would count"),
+        pytest.param(227, 128, 0, False, ["fprop_inner_runs"], id="rows anywhere"),
+        pytest.param(225, 6, 0, False, ["fprop_inner_runs"], id="more images of one class"),
+        pytest.param(227, 7, 0, False, ["widen", "fprop_inner_runs"], id="a last load would pass the end"),
+        pytest.param(227, 128, 0, True, ["widen", "fprop_inner_runs"], id="batch invariant"),
+        pytest.param(224, 128, 0, True, ["fprop_inner_runs"], id="aligned, batch invariant"),
+    ],
+)
+def test_which_images_are_copied(size, batch, padding, batch_invariant, kernels, layout):
     w = torch.empty(64, 3, 11, 11, dtype=torch.float16, device="meta")
-    for size, layout, kernels in (
-        (224, torch.contiguous_format, ["filters_to_runs", "fprop_runs"]),
-        (224, torch.channels_last, ["filters_to_runs", "fprop_runs"]),
-        (227, torch.contiguous_format, ["widen", "filters_to_runs", "fprop_runs"]),
-        (227, torch.channels_last, ["widen", "filters_to_runs", "fprop_runs"]),
-    ):
-        problem = Conv2dProblem(128, 3, size, size, 64, 11, 11, (4, 4), ((2, 2), (2, 2)))
-        x = torch.empty(problem.x_shape, dtype=torch.float16, device="meta", memory_format=layout)
-        y = torch.empty(problem.y_shape, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
-        planned = conv.plan_fprop(problem, x, w, None, y, gpu=hardware.GPUS["H100"])
-        assert [launch.kernel.__name__ for launch in planned] == kernels, (size, layout)
+    problem = Conv2dProblem(batch, 3, size, size, 64, 11, 11, (4, 4), ((padding,) * 2,) * 2)
+    x = torch.empty(problem.x_shape, dtype=torch.float16, device="meta", memory_format=layout)
+    y = torch.empty(problem.y_shape, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+    planned = conv.plan_fprop(problem, x, w, None, y, gpu=hardware.GPUS["H100"], batch_invariant=batch_invariant)
+    names = [launch.kernel.__name__ for launch in planned]
+    assert names == [*kernels[:-1], "filters_to_runs", kernels[-1]]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_nan_and_infinity_stay_in_the_windows_that_hold_them(layout):
+    x, w = torch.randn(4, 3, 15, 23).half(), (torch.randn(8, 3, 7, 7) / 7).half()
+    clean = tk.conv2d(x.contiguous(memory_format=layout), w, stride=4)
+    x[0, 0, 4, 0], x[1, 2, 14, 22], x[2, 1, 7, 11] = float("nan"), float("inf"), float("-inf")
+    x[3, :, :, 22] = float("nan")  # the column after it, in memory, begins the next row
+    got = tk.conv2d(x.contiguous(memory_format=layout), w, stride=4)
+    want = F.conv2d(x.double(), w.double(), stride=4)
+    assert want.isnan().any() and want.isinf().any() and want.isfinite().any()
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
+    plain = want.isfinite()
+    assert (
+        torch.equal(got[plain], clean[plain]) and (clean[plain] - want[plain]).abs().max() <= 2**-9 * want[plain].max()
+    )
+
+
+def test_what_lies_around_an_image_is_never_used():
+    for layout in (torch.contiguous_format, torch.channels_last):
+        w, dy = (torch.randn(8, 3, 7, 7) / 7).half(), torch.randn(2, 8, 3, 5).half()
+        inner = torch.randn(2, 3, 15, 23).half().contiguous(memory_format=layout)
+        memory = torch.full((inner.numel() + 64,), float("nan"), dtype=torch.float16)
+        x = memory[32:].as_strided(inner.shape, inner.stride()).copy_(inner)
+        for image in (x, inner):
+            w.requires_grad_()
+            y = tk.conv2d(image, w, stride=4)
+            found = y.detach(), *torch.autograd.grad(y, w, dy)
+            if image is x:
+                amid = found
+        assert all(map(torch.equal, amid, found)) and found[1].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -148,6 +192,26 @@ def test_the_runs_of_a_problem():
     assert Conv2dProblem(1, 3, 9, 9, 4, 3, 3, (1, 1)).runs(4, "fprop") == Runs(4, 0, 1)
 
 
+def test_the_inner_runs_of_a_problem():
+    problem = Conv2dProblem(128, 3, 227, 227, 96, 11, 11, (4, 4))
+    pitches = (3 * 227 * 227, 227 * 227, 227)
+    assert problem.inner_runs(2, "fprop", pitches) == Runs(12, 0, 2, 2), "13 elements from multiples of 4 would take 16"
+    assert problem.interleaved.inner_runs(2, "fprop", (3 * 227 * 227, 0, 681)) == Runs(36, 0, 4, 4), (
+        "33, and up to 3 before them"
+    )
+    pitches_of_aligned = (3 * 227 * 228, 227 * 228, 228)
+    assert replace(problem, W=228).inner_runs(2, "fprop", pitches_of_aligned) == Runs(12, 0, 4, 1)
+    assert problem.inner_runs(2, "fprop", pitches_of_aligned) is None, "a last load would pass the end of such a view"
+    assert replace(problem, padding=((0, 0), (1, 0))).inner_runs(2, "fprop", pitches) is None
+    assert replace(problem, W=226, padding=((0, 0), (0, 1))).inner_runs(2, "fprop", pitches) is None, (
+        "one column is padding"
+    )
+    assert replace(problem, N=127).inner_runs(2, "fprop", pitches) is None, "an odd number of elements"
+    assert replace(problem, stride=(1, 4)).inner_runs(2, "fprop", pitches) is None, (
+        "a run moves from row to row of outputs"
+    )
+
+
 @pytest.mark.parametrize("arch", ["H100", "A100", "RTX 4090"])
 @pytest.mark.parametrize("batch", [1, 8, 32, 128])
 def test_small_batches_fill_half_of_the_sms(arch, batch):
@@ -172,25 +236,41 @@ def test_runs_are_modelled_faster_than_a_rewritten_image():
         assert times[0] < times[1], "and the rewriting is not even counted"
 
 
+@pytest.mark.parametrize(("pass_", "limit"), [("fprop", 2.0), ("wgrad", 2.5)])
+def test_rows_that_start_anywhere_are_modelled_without_a_copy(pass_, limit):
+    case, gpu = Case("alexnet-2012", "conv1", pass_, 128, "fp16"), hardware.GPUS["H100"]
+    rows = predictions.predictions(case, launches(case, gpu), gpu)
+    times, floor = [row["modelled_us"] for row in rows], rows[0]["floor_us"]
+    assert sum(times) <= limit * floor
+    image = 2 * 128 * 3 * 227 * 227
+    assert sum(times) + cost.streaming_us(2 * image, gpu) > limit * floor, "the limit leaves no room for a copy"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_compiled(arch):
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "suites"), [("sm_80", ["alexnet"]), ("sm_90", ["alexnet", "alexnet-2012"])])
+def test_compiled(arch, suites):
     chosen = (("fprop", "fp16"), ("wgrad", "fp16"), ("wgrad", "tf32"))
-    rows = inspect.inspect_all([Case("alexnet", "conv1", pass_, 128, dtype) for pass_, dtype in chosen], [arch])
-    main = [row for row in rows if row["kernel"].endswith("_runs") and row["role"] == "main"]
-    assert [row["kernel"] for row in main] == ["fprop_runs", "wgrad_runs", "wgrad_runs"]
+    cases = [Case(suite, "conv1", pass_, 128, dtype) for suite in suites for pass_, dtype in chosen]
+    rows = [row for row in inspect.inspect_all(cases, [arch]) if row["kernel"].endswith("_runs")]
+    main = [row for row in rows if row["role"] == "main"]
+    expected = ["fprop_runs", "wgrad_runs", "wgrad_runs", "fprop_inner_runs", "wgrad_inner_runs", "wgrad_runs"]
+    assert [row["kernel"] for row in main] == expected[: 3 * len(suites)]
     for row in main:
         assert row["failure"] is None and row["stack_bytes"] == row["spills"] == 0 and row["fits"]
-    *main, tf32 = main
-    assert tf32["mma"] == "HMMA.1688.F32.TF32" and not tf32["serialised"]
-    assert tf32["loop_loads"].keys() == {"LDGSTS.128", "LDGSTS.32", "LDS.32"}
-    assert tf32["loop_loads"]["LDS.32"] <= 1.1 * tf32["loop_mma"], "a warp makes 64 x 64"
-    for row in main:
-        assert row["loop_loads"]["LDGSTS.64"] in (8, 16) and not row["serialised"] and not row["register_operand"]
-        assert "LDG.16" not in row["loop_loads"] and "LDGSTS.32" not in row["loop_loads"]
+        assert not row["serialised"]
+        loads = row["loop_loads"]
+        if row["dtype"] == "tf32":
+            assert row["mma"] == "HMMA.1688.F32.TF32"
+            assert loads.keys() == {"LDGSTS.128", "LDGSTS.32", "LDS.32"}
+            assert loads["LDS.32"] <= 1.1 * row["loop_mma"], "a warp makes 64 x 64"
+            continue
+        pixels, count = ("LDGSTS.32", (16, 32)) if "inner" in row["kernel"] else ("LDGSTS.64", (8, 16))
+        assert loads[pixels] in count and not row["register_operand"]
+        assert not {"LDG.16", "LDG.32", "LDGSTS.32"} & (loads.keys() - {pixels})
 
 
-def test_no_launch_rewrites_the_image():
-    names = [launch.kernel.__name__ for launch in launches(Case("alexnet", "conv1", "fprop", 128, "fp16"),
-             hardware.GPUS["H100"])]  # fmt: skip
-    assert names == ["filters_to_runs", "fprop_runs"]
+@pytest.mark.parametrize(("suite", "kernel"), [("alexnet", "fprop_runs"), ("alexnet-2012", "fprop_inner_runs")])
+def test_no_launch_rewrites_the_image(suite, kernel):
+    planned = launches(Case(suite, "conv1", "fprop", 128, "fp16"), hardware.GPUS["H100"])
+    assert [launch.kernel.__name__ for launch in planned] == ["filters_to_runs", kernel]

@@ -178,44 +178,57 @@ def wgrad_runs(
     tl.store(dw + rows[:, None] + d[None, :], acc, mask=(k < K)[:, None] & (d < C * R * RUN)[None, :])
 
 
-# out[k, (c, r, e)] = w[k, c, r, e - LEAD], zero outside the filter.
+# out[cls, k, (c, r, e)] = w[k, c, r, e - LEAD - shift], zero outside the filter.  An inner run's shift is where its row
+# starts, modulo ALIGN, in images of class cls.
 @triton.jit
 def filters_to_runs(
     w,  # pointer, any strides
-    out,  # pointer to [K, DEPTH]
+    out,  # pointer to [CLASSES, K, DEPTH]
     SIZE,
+    K,
     stride_wk,
     stride_wc,
     stride_wr,
     stride_ws,
+    shift_n,
+    shift_c,
+    shift_r,
     C: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     RUN: tl.constexpr,
     LEAD: tl.constexpr,
+    ALIGN: tl.constexpr,
     DEPTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = i % DEPTH
-    s = d % RUN - LEAD
     run = d // RUN
-    at = (i // DEPTH).to(tl.int64) * stride_wk + run // R * stride_wc + run % R * stride_wr + s * stride_ws
+    c = run // R
+    r = run % R
+    s = d % RUN - LEAD - (i // DEPTH // K * shift_n + c * shift_c + r * shift_r) % ALIGN
+    at = (i // DEPTH % K).to(tl.int64) * stride_wk + c * stride_wc + r * stride_wr + s * stride_ws
     inside = (s >= 0) & (s < S) & (run < C * R) & (i < SIZE)
     tl.store(out + i, tl.load(w + at, mask=inside, other=0.0), mask=i < SIZE)
 
 
-# dw[k, r, s, c] = sums[k, (c, r, s + LEAD)]: the way back.
+# dw[k, r, s, c] = sums[cls, k, (c, r, s + LEAD + shift)], added up over the classes in order: the way back.
 @triton.jit
 def runs_to_filters(
-    sums,  # pointer to [K, C * R * RUN]
+    sums,  # pointer to [CLASSES, K, C * R * RUN]
     dw,  # pointer to [K, R, S, C]
     SIZE,
+    shift_n,
+    shift_c,
+    shift_r,
     C: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     RUN: tl.constexpr,
     LEAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -223,4 +236,9 @@ def runs_to_filters(
     s = i // C % S
     r = i // C // S % R
     at = i // C // S // R * (C * R * RUN) + (c * R + r) * RUN + s + LEAD
-    tl.store(dw + i, tl.load(sums + at, mask=i < SIZE, other=0.0).to(dw.dtype.element_ty), mask=i < SIZE)
+    sums_of = SIZE // S * RUN
+    value = tl.load(sums + at + (c * shift_c + r * shift_r) % ALIGN, mask=i < SIZE, other=0.0)
+    for cls in tl.static_range(1, CLASSES):
+        shift = (cls * shift_n + c * shift_c + r * shift_r) % ALIGN
+        value += tl.load(sums + cls * sums_of + at + shift, mask=i < SIZE, other=0.0)
+    tl.store(dw + i, value.to(dw.dtype.element_ty), mask=i < SIZE)

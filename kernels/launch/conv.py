@@ -57,7 +57,7 @@ def plan_fprop(
     assert seed is None or problem.y_shape[2:] == problem.stride == (problem.groups, 1) == (1, 1)
     if _depthwise(problem):
         return depthwise.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation)
-    if first := runs.prepare(problem, "fprop", x, precision, gpu=gpu):
+    if first := runs.prepare(problem, "fprop", x, precision, gpu=gpu, batch_invariant=batch_invariant):
         rows, image, before = first
         return before + runs.plan_fprop(
             rows, image, w, bias, y, gpu=gpu, activation=activation, precision=precision,

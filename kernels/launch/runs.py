@@ -8,6 +8,7 @@ import torch
 import triton
 
 from tileconv.kernels import layout, run_tiles
+from tileconv.kernels.device import inner_runs
 from tileconv.kernels.device import runs as device
 from tileconv.kernels.geometry import Conv2dProblem, Runs
 from tileconv.kernels.hardware import GPU
@@ -19,17 +20,20 @@ from tileconv.kernels.tiles import choose_elementwise
 
 
 def prepare(
-    problem: Conv2dProblem, pass_: str, x: torch.Tensor, precision: str, *, gpu: GPU
+    problem: Conv2dProblem, pass_: str, x: torch.Tensor, precision: str, *, gpu: GPU, batch_invariant: bool = False
 ) -> tuple[Conv2dProblem, torch.Tensor, list[Launch]] | None:
     """A pass as one on an image that can be read in runs, that image, and the launches that fill it; None if it cannot.
 
     An image lies right if neighbours are side by side and every row starts at an aligned address: [N, C, H, W], or NHWC
-    with its channels as columns.  Others are copied, their rows filled up with zeros.
+    with its channels as columns.  Without padding its rows may start anywhere; but the places of the products in their
+    sums then differ from image to image, which batch_invariant forbids.  Others are copied, their rows filled up with
+    zeros.
     """
     if not run_tiles.in_runs(problem, pass_, x.dtype, precision, gpu):
         return None
     flat, rows = _in_rows(problem, x)
-    if _lies_right(flat, pass_, rows):
+    inner = inner_runs_of(flat, pass_, rows) and not batch_invariant
+    if inner or _lies_right(flat, pass_, rows):
         return flat, rows, []
     wide = problem.in_aligned_rows
     if wide.runs(x.itemsize, pass_) is None:
@@ -65,17 +69,20 @@ def plan_fprop(
     if w.shape != problem.w_shape:
         w = w.permute(0, 2, 3, 1).reshape(problem.w_shape)
     runs = _runs_of(problem, "fprop", x)
-    tile = run_tiles.choose_runs(problem, "fprop", x.dtype, precision, gpu, batch_invariant)
+    tile = run_tiles.choose_runs(problem, "fprop", x.dtype, precision, gpu, batch_invariant, runs)
     depth = -(-_columns(problem, runs) // tile.block_c) * tile.block_c
-    matrix = scratch(torch.empty((problem.K, depth), dtype=w.dtype, device=w.device))
+    classes = max(1, runs.classes)
+    matrix = scratch(torch.empty((classes, problem.K, depth), dtype=w.dtype, device=w.device))
     arguments = _geometry(problem, runs, x) | {
         "w": matrix, "y": y, "bias": bias, **strides("y", y, "nkpq"), "DEPTH": depth, "HAS_BIAS": bias is not None,
         "ACTIVATION": activation, "PRECISION": precision, "ACC": accumulator(x.dtype), "OUT": TRITON_TYPE[y.dtype],
         "INDEX": index_type(x), "PIXELS": tile.pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
-    programs = triton.cdiv(problem.N * problem.P * problem.Q, tile.pixels) * triton.cdiv(problem.K, tile.block_k)
-    first = _plan_filters(problem, runs, w, matrix, gpu)
-    return [first, Launch(device.fprop_runs, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
+    pixels = triton.cdiv(problem.N, classes) * problem.P * problem.Q
+    programs = classes * triton.cdiv(pixels, tile.pixels) * triton.cdiv(problem.K, tile.block_k)
+    kernel = inner_runs.fprop_inner_runs if runs.inner else device.fprop_runs
+    first = _plan_filters(problem, runs, w, x, matrix, gpu)
+    return [first, Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
 
 
 def plan_wgrad(
@@ -86,33 +93,43 @@ def plan_wgrad(
     `problem` and x as `prepare` makes them, dy and dw the layer's own.
     """
     runs = _runs_of(problem, "wgrad", x)
-    tile = run_tiles.choose_runs(problem, "wgrad", x.dtype, precision, gpu)
-    columns = _columns(problem, runs)
+    tile = run_tiles.choose_runs(problem, "wgrad", x.dtype, precision, gpu, runs=runs)
+    columns, classes = _columns(problem, runs), max(1, runs.classes)
     slots = tile.splits * triton.cdiv(problem.Q, tile.pixels)
-    parts = scratch(torch.empty((slots, problem.K, columns), dtype=layout.sum_dtype(x.dtype), device=x.device))
+    sizes = (slots, classes, problem.K, columns)
+    parts = scratch(torch.empty(sizes, dtype=layout.sum_dtype(x.dtype), device=x.device))
     sums = parts[0] if slots == 1 else scratch(torch.empty_like(parts[0]))
     arguments = _geometry(problem, runs, x) | {
         "dy": dy, "dw": parts, **strides("y", dy, "nkpq"), "SPLITS": tile.splits, "PRECISION": precision,
         "ACC": accumulator(x.dtype), "INDEX": index_type(x, dy), "PIXELS": tile.pixels, "BLOCK_K": tile.block_k,
         "BLOCK_C": tile.block_c,
     }  # fmt: skip
-    programs = slots * triton.cdiv(problem.K, tile.block_k) * triton.cdiv(columns, tile.block_c)
-    launches = [Launch(device.wgrad_runs, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
+    programs = slots * classes * triton.cdiv(problem.K, tile.block_k) * triton.cdiv(columns, tile.block_c)
+    kernel = inner_runs.wgrad_inner_runs if runs.inner else device.wgrad_runs
+    launches = [Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     if slots > 1:
         launches.append(plan_add_slices(parts, sums, gpu=gpu))
     block = choose_elementwise(1, dw.numel(), dw.dtype, gpu)
     back = {
-        "sums": sums, "dw": dw.permute(0, 2, 3, 1), "SIZE": dw.numel(), "C": problem.C, "R": problem.R,
-        "S": problem.S, "RUN": runs.length, "LEAD": runs.lead, "BLOCK": block.cols,
+        "sums": sums, "dw": dw.permute(0, 2, 3, 1), "SIZE": dw.numel(), "CLASSES": classes,
+        **_layout(problem, runs, x), "BLOCK": block.cols,
     }  # fmt: skip
     programs = triton.cdiv(dw.numel(), block.cols)
     return [*launches, Launch(device.runs_to_filters, (programs,), back, block.num_warps, 1, str(block))]
 
 
 def _runs_of(problem: Conv2dProblem, pass_: str, x: torch.Tensor) -> Runs:
-    runs = problem.runs(x.itemsize, pass_)
+    runs = inner_runs_of(problem, pass_, x) or problem.runs(x.itemsize, pass_)
     assert runs is not None
     return runs
+
+
+def inner_runs_of(problem: Conv2dProblem, pass_: str, x: torch.Tensor) -> Runs | None:
+    """The runs of a problem on an image as it lies, if no window reaches beyond the image: any rows are right then."""
+    if x.data_ptr() % 16 or (x.stride(3) != 1 and x.shape[3] > 1):
+        return None
+    images, channels, rows, _ = x.stride()
+    return problem.inner_runs(x.itemsize, pass_, (images, channels, rows))
 
 
 def _columns(problem: Conv2dProblem, runs: Runs) -> int:
@@ -121,6 +138,15 @@ def _columns(problem: Conv2dProblem, runs: Runs) -> int:
 
 def _geometry(problem: Conv2dProblem, runs: Runs, x: torch.Tensor) -> dict[str, Any]:
     """What both passes are told of the problem and its image; pitches in aligned loads, so that they divide."""
+    if runs.inner:
+        images, channels, rows, _ = x.stride()
+        return {
+            "x": x, "N": problem.N, "K": problem.K, "P": problem.P, "Q": problem.Q, "stride_xn": images,
+            "stride_xc": channels, "stride_xh": rows, "step_xn": runs.classes * images // runs.align,
+            "step_xp": problem.stride[0] * rows // runs.align, "C": problem.C, "R": problem.R, "S": problem.S,
+            "RUN": runs.length, "ALIGN": runs.align, "CLASSES": runs.classes, "STRIDE_W": problem.stride[1],
+            "DIL_H": problem.dilation[0],
+        }  # fmt: skip
     pitches = {f"stride_x{axis}": stride // runs.align for axis, stride in zip("nch", x.stride()[:3], strict=True)}
     return pitches | {
         "x": x, "N": problem.N, "H": problem.H, "W": problem.W // runs.align, "K": problem.K, "P": problem.P,
@@ -130,11 +156,23 @@ def _geometry(problem: Conv2dProblem, runs: Runs, x: torch.Tensor) -> dict[str, 
     }  # fmt: skip
 
 
-def _plan_filters(problem: Conv2dProblem, runs: Runs, w: torch.Tensor, matrix: torch.Tensor, gpu: GPU) -> Launch:
+def _layout(problem: Conv2dProblem, runs: Runs, x: torch.Tensor) -> dict[str, int]:
+    """Where the filters lie in runs."""
+    images, channels, rows = x.stride()[:3] if runs.inner else (0, 0, 0)
+    return {
+        "shift_n": images % runs.align, "shift_c": channels % runs.align,
+        "shift_r": problem.dilation[0] * rows % runs.align, "C": problem.C, "R": problem.R, "S": problem.S,
+        "RUN": runs.length, "LEAD": runs.lead, "ALIGN": runs.align,
+    }  # fmt: skip
+
+
+def _plan_filters(
+    problem: Conv2dProblem, runs: Runs, w: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, gpu: GPU
+) -> Launch:
     block = choose_elementwise(1, matrix.numel(), w.dtype, gpu)
     arguments = {
-        "w": w, "out": matrix, "SIZE": matrix.numel(), **strides("w", w, "kcrs"), "C": problem.C, "R": problem.R,
-        "S": problem.S, "RUN": runs.length, "LEAD": runs.lead, "DEPTH": matrix.shape[1], "BLOCK": block.cols,
+        "w": w, "out": matrix, "SIZE": matrix.numel(), "K": problem.K, **strides("w", w, "kcrs"),
+        **_layout(problem, runs, x), "DEPTH": matrix.shape[2], "BLOCK": block.cols,
     }  # fmt: skip
     programs = triton.cdiv(matrix.numel(), block.cols)
     return Launch(device.filters_to_runs, (programs,), arguments, block.num_warps, 1, str(block))
