@@ -294,7 +294,7 @@ def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
         cols = problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w
         boxes, pairs = _reached_together(rows, cols, tile.taps)
         steps = boxes / programs * -(-problem.N // n)
-        inside = pairs / max(1, boxes * tile.taps)
+        inside = pairs / max(1, boxes * tile.taps) * C / (-(-C // tile.channels) * tile.channels)
     column_tiles = -(-columns // tile.channels)
     tiles = row_tiles * column_tiles * programs * problem.groups
     useful = columns / (column_tiles * tile.channels) * taps

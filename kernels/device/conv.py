@@ -204,12 +204,10 @@ def fprop_box(
         step = 0
         for _ in tl.range(0, steps * products if small else steps):  # one flat loop: it pipelines across taps
             plane = g + (x_parts & 3) * GROUPS if small else g
-            box = pixel_load(
-                x, n, h0 + r * DIL_H, w0 + s * DIL_W, plane, c, C, 0, 0, GROUPS * PARTS, False, PIXELS, BLOCK_C
-            )
+            box = pixel_load(x, n, h0 + r * DIL_H, w0 + s * DIL_W, plane, c, GROUPS * PARTS, False, PIXELS, BLOCK_C)
             if HALF:
                 box_half = pixel_load(
-                    x_half, n_half, h_half + r * DIL_H, w_half + s * DIL_W, plane, c, C, 0, 0, GROUPS * PARTS, False,
+                    x_half, n_half, h_half + r * DIL_H, w_half + s * DIL_W, plane, c, GROUPS * PARTS, False,
                     PIXELS // 2, BLOCK_C,
                 )  # fmt: skip
             tap = TAP_0 + r * TAP_R + s * TAP_S

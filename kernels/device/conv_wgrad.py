@@ -11,9 +11,9 @@ from tileconv.kernels.device.conv_steps import next_product, pixel_load, small_p
 # BLOCK_K2 more filters, and more taps or half as many channels more, share what is loaded: a product for each.
 @triton.jit
 def wgrad_box(
-    x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C]; with PIXEL of [N, all of an image], box [BOX_N, BLOCK_C]
+    x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C]; with PIXEL of [H, W, (PARTS * GROUPS,) N, C]
     x_half,  # the same with half the channels, or None
-    dy,  # descriptor of [N, P, Q, (PARTS * GROUPS,) K]; with PIXEL of [N, all of an image], box [BOX_N, BLOCK_K]
+    dy,  # descriptor of [N, P, Q, (PARTS * GROUPS,) K]; with PIXEL of [P, Q, (PARTS * GROUPS,) N, K]
     dy2,  # the same with a box of BLOCK_K2 filters, or None
     dw,  # pointer to [SPLITS, GROUPS * K, R * S, C]
     N,
@@ -23,10 +23,6 @@ def wgrad_box(
     Q,
     C,  # channels of one group
     K,  # filters of one group
-    pitch_xh,  # from one row of x to the next, in elements (PIXEL)
-    pitch_xw,
-    pitch_yp,
-    pitch_yq,
     pad_h,
     pad_w,
     stride_h,
@@ -39,7 +35,7 @@ def wgrad_box(
     SPLITS: tl.constexpr,
     TAPS: tl.constexpr,  # 1 to 5
     PIXEL: tl.constexpr,  # 1: one pixel of BOX_N images: no box straddles an edge, so both operands are matrices
-    # 2: the same, and the descriptors are of [all of an image, N], box [BLOCK, BOX_N]
+    # 2: the same, and the descriptors have the images last
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,  # of x and dy
     ACC: tl.constexpr,
@@ -103,29 +99,21 @@ def wgrad_box(
             i = p * BOX_H
             j = q * BOX_W
             plane = g + (y_parts & 3) * GROUPS if small else g
-            grads = (pixel_load(dy, n, i, j, plane, k0, K, pitch_yp, pitch_yq, PLANES, PIXEL, PIXELS, BLOCK_K),)
+            grads = (pixel_load(dy, n, i, j, plane, k0, PLANES, PIXEL, PIXELS, BLOCK_K),)
             if BLOCK_K2:
                 k1 = k0 + BLOCK_K
-                grad = pixel_load(dy2, n, i, j, plane, k1, K, pitch_yp, pitch_yq, PLANES, PIXEL, PIXELS, BLOCK_K2)
+                grad = pixel_load(dy2, n, i, j, plane, k1, PLANES, PIXEL, PIXELS, BLOCK_K2)
                 grads = grads + (grad,)
             plane = g + (x_parts & 3) * GROUPS if small else g
             new = ()
             for part in tl.static_range(TAPS):
-                h = i * stride_h + h_taps[part if S % TAPS else 0]
+                h = i * stride_h + h_taps[part if S % TAPS else 0]  # 0: all lie in one row
                 w = j * stride_w + w_taps[part]
-                m = n
-                if TAPS > 1 and PIXEL:  # no box, so no border: images from N on read as zero
-                    inside = w.to(tl.uint32) < W
-                    if S % TAPS:  # else all taps lie in one row, which is inside
-                        inside &= h.to(tl.uint32) < H
-                    m = tl.where(inside, n, N)
-                box = pixel_load(x, m, h, w, plane, c0, C, pitch_xh, pitch_xw, PLANES, PIXEL, PIXELS, BLOCK_C)
+                box = pixel_load(x, n, h, w, plane, c0, PLANES, PIXEL, PIXELS, BLOCK_C)
                 new = _products(new, sums, grads, box, PRECISION, ACC)
                 if HALF:
                     c1 = c0 + BLOCK_C
-                    box = pixel_load(
-                        x_half, m, h, w, plane, c1, C, pitch_xh, pitch_xw, PLANES, PIXEL, PIXELS, BLOCK_C // 2
-                    )
+                    box = pixel_load(x_half, n, h, w, plane, c1, PLANES, PIXEL, PIXELS, BLOCK_C // 2)
                     new = _products(new, sums, grads, box, PRECISION, ACC)
             sums = new
             n += BOX_N
