@@ -182,9 +182,10 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             continue  # compiled for sm_100 the sums' way out of tensor memory spills
         if half and gpu.arch >= 100 and not block_k2:
             continue  # so it does with 64 x (128 + 64): 56 bytes
-        wide = (half and block_c == 256) or (block_k == 256 and columns >= 128) or (taps > 2 and block_c == 128)
+        wide = (half and block_c == 256) or (block_k == 256 and columns >= 128)
+        wide = wide or (block_c == 128 and taps > (1 if rows >= 128 else 2))
         if wide and dtype.itemsize == 4 and triton_version() < (3, 7):
-            continue  # Triton 3.6 makes products of 128 x 384, of 256 x 128, of 128 in three taps wait for each other
+            continue  # Triton 3.6 makes products of 128 x 384, of 256 x 128, of more taps of 128 wait for each other
         if gpu.arch >= 120 and (half or block_k2):
             continue  # compiled for sm_120, whose products take registers, 16 to 1256 bytes spill
         most = dtype.itemsize == 4 and block_k2 > 0 and taps == 2
@@ -201,6 +202,9 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
                 continue
             tile = ConvTile(formulation, box, block_k, block_c, warps, stages, block_k2=block_k2, taps=taps, half=half)
             shared = [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)]
+            if gpu.arch >= 120 and dtype.itemsize == 2 and rows * columns == 4096:
+                # Unsplit, the way out of four warps spills 16 bytes.
+                shared = [replace(one, num_warps=8) if one.splits == 1 else one for one in shared]
             found += [one for one in shared if not _waits(one, problem, dtype, gpu)]
     return found
 
