@@ -347,6 +347,7 @@ def _wgrad_load(
     """
     image = a[operand]
     height, width = (a["P"], a["Q"]) if tap is None else (a["H"], a["W"])
+    extent = image.shape[-2 if a["PIXEL"] == 2 else -1]
     total = 0
     for p, q in itertools.product(ps, qs):
         h, w = p * a["BOX_H"], q * a["BOX_W"]
@@ -355,15 +356,10 @@ def _wgrad_load(
         rows, cols = _clip(h, a["BOX_H"], height), _clip(w, a["BOX_W"], width)
         if not rows or not cols:
             continue
-        if a["PIXEL"]:  # a row of an image: only its end clips
-            pitch_h, pitch_w = (a["pitch_yp"], a["pitch_yq"]) if tap is None else (a["pitch_xh"], a["pitch_xw"])
-            at = h * pitch_h + w * pitch_w
-            total += sum(_clip(at + first, block, image.shape[a["PIXEL"] % 2]) for first, block, _ in columns)
-        else:
-            total += rows * cols * sum(
-                _clip(first, block, image.shape[-1]) if len(image.shape) == 4 else min(block, max(0, left))
-                for first, block, left in columns
-            )  # fmt: skip
+        total += rows * cols * sum(
+            _clip(first, block, extent) if len(image.shape) == 4 else min(block, max(0, left))
+            for first, block, left in columns
+        )  # fmt: skip
     return int(total * a["N"])
 
 

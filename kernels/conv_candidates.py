@@ -47,12 +47,12 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
             if size <= most and (tile.pixels if wgrad else tile.block_c) <= 32:  # steps of 64 spill
                 found.append(replace(tile, num_warps=8) if size > 4096 or wgrad or not wide else tile)
             continue
-        if gpu.arch >= 100 and (size > 32_768 or tile.taps == 2):
+        if gpu.arch >= 100 and (size > 32_768 or tile.taps > 1):
             continue
         # There fp32 outputs line up for their store.
         if not wgrad and 4 * tile.block_k * tile.pixels > gpu.shared_block:
             continue
-        if (tile.block_k2 and tile.taps == 2) or (gpu.arch >= 100 and size > 16_384):
+        if (tile.block_k2 and tile.taps > 1) or (gpu.arch >= 100 and size > 16_384):
             tile = replace(tile, num_warps=8)
         found.append(tile if least == 1 else replace(tile, splits=max(tile.splits, least), tail=0))
     return list(dict.fromkeys(found))
@@ -176,34 +176,42 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
     # For sm_100 4-byte operands, which are turned on their way, take the shared memory of two more steps.
     turned = 2 if gpu.arch // 10 == 10 and dtype.itemsize == 4 else 0
     rows_of = ((64, 0), (128, 0), (256, 0), (128, 64))
-    columns_of = ((1, False), (2, False), (1, True))
+    columns_of = ((1, False), (2, False), (3, False), (4, False), (5, False), (1, True))
     for (block_k, block_k2), block_c, (taps, half) in itertools.product(rows_of, (64, 128, 256), columns_of):
         rows, columns = block_k + block_k2, block_c * taps + block_c // 2 * half
-        if rows * columns > 49_152 or (taps == 2 and problem.taps == 1) or (half and block_c == 64):
+        if rows * columns > 49_152 or taps > problem.taps or (half and block_c == 64):
             continue
+        if taps > 2 and not 0.9 * taps * -(-problem.taps // taps) < problem.taps:
+            continue  # the last program's missing taps cost more than what the others share
+        if taps > 2 and rows > 128 and (rows * columns > 40_960 or gpu.arch >= 100):
+            continue  # 256 x 64 of three taps spill 96 bytes, for sm_100 (128 + 64) x 64 8 bytes
         if gpu.arch >= 100 and not block_k2 and rows * columns > 16_384:
             continue  # compiled for sm_100 the sums' way out of tensor memory spills
         if half and gpu.arch >= 100 and not block_k2:
             continue  # so it does with 64 x (128 + 64): 56 bytes
         wide = (half and block_c == 256) or (block_k == 256 and columns >= 128)
+        wide = wide or (block_c == 128 and taps > (1 if rows >= 128 else 2))
         if wide and dtype.itemsize == 4 and triton_version() < (3, 7):
-            continue  # Triton 3.6 makes products of 128 x 384 and of 256 x 128 wait for each other
+            continue  # Triton 3.6 makes products of 128 x 384, of 256 x 128, of more taps of 128 wait for each other
         if gpu.arch >= 120 and (half or block_k2):
             continue  # compiled for sm_120, whose products take registers, 16 to 1256 bytes spill
         most = dtype.itemsize == 4 and block_k2 > 0 and taps == 2
         as_turned = most or (dtype.itemsize == 4 and half)
         if as_turned and not cost.turned(problem, dtype, "tf32", gpu):
             continue  # 4-byte operands pass registers on their way, and the sums of four products leave too few: spills
-        warps = 8 if most or rows * columns > (24_576 if gpu.arch < 100 or block_k2 else 8192) else 4
+        warps = 8 if most or rows * columns + (taps > 2) > (24_576 if gpu.arch < 100 or block_k2 else 8192) else 4
         for box in dict.fromkeys([*_boxes(problem, depth), *_lines(problem, depth)]):
             stages = min(4, (gpu.shared_block - 2048) // ((rows + columns) * 128) - turned) * (depth // math.prod(box))
             if stages < 2:
                 continue
             formulation = "pixel" if box[1:] == (1, 1) else "box"
-            if as_turned and formulation == "box":
+            if (as_turned and formulation == "box") or (taps > 2 and max(box[1:]) > 1):
                 continue
             tile = ConvTile(formulation, box, block_k, block_c, warps, stages, block_k2=block_k2, taps=taps, half=half)
             shared = [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)]
+            if gpu.arch >= 120 and dtype.itemsize == 2 and rows * columns == 4096:
+                # Unsplit, the way out of four warps spills 16 bytes.
+                shared = [replace(one, num_warps=8) if one.splits == 1 else one for one in shared]
             found += [one for one in shared if not _waits(one, problem, dtype, gpu)]
     return found
 
@@ -246,7 +254,8 @@ def _splits(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[int]:
     programs = -(-channels // tile.channels) * -(-problem.group_filters // tile.rows) * taps * problem.groups
     steps = max(1, problem.N * problem.P * problem.Q // tile.pixels)
     most = max(1, min(steps // 8, -(-4 * gpu.sms // programs)))
-    return sorted({*range(1, min(most, 12) + 1), *(1 << i for i in range(most.bit_length())), most})
+    filled = max(1, min(most, gpu.sms // programs))  # one wave
+    return sorted({*range(1, min(most, 12) + 1), *(1 << i for i in range(most.bit_length())), filled, most})
 
 
 def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:

@@ -26,7 +26,7 @@ class ConvTile:
     split they share the filters of those, block_k2 each.  With `shift` the second product makes the next output column,
     from the same pixels and the same filters.  With `half` a program makes half a box more with the same filters: boxes
     cover the first columns of the output, half boxes the others; with `shift` the half box lies below the box.
-    In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 or 2) taps, with `half` half as
+    In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 to 5) taps, with `half` half as
     many channels more of one tap, and `splits` share the pixels.
     """
 
@@ -172,8 +172,8 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
         )
     if (tile.block_k2 or (tile.splits > 1 and pass_ != "wgrad")) and tile.formulation == "gather":
         return "formulation='gather' has no second product and no splits"
-    if tile.taps not in ((1, 2) if pass_ == "wgrad" and tile.formulation != "gather" else (1,)):
-        return f"taps={tile.taps}: allowed are 1, and 2 in wgrad where formulation is not gather"
+    if tile.taps not in (range(1, 6) if pass_ == "wgrad" and tile.formulation != "gather" else (1,)):
+        return f"taps={tile.taps}: allowed are 1, and 2 to 5 in wgrad where formulation is not gather"
     if max(tile.block_k * tile.pixels, max(tile.block_k, tile.pixels) * tile.block_c) > MAX_NUMEL:
         return f"{tile} has a block of more than {MAX_NUMEL} elements"
     if tile.formulation == "gather":

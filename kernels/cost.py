@@ -258,7 +258,7 @@ class _Shape:
     loads: float = 0.0  # loads of runs, for every element of the columns
     inner: bool = False  # whether none of them needs a mask of its own
     fetch: float = 0.0  # instructions that pointers take for 16 bytes of the operands
-    inside: float = 1.0  # share of a box's channels that there are: the copy engine fetches no others
+    inside: float = 1.0  # share of the columns that lies inside the tensor: the copy engine fetches no others
     fragments: bool = False  # mma.sync, in one pixel's loads: each warp reads its operands from shared memory
 
     def stage_bytes(self, itemsize: int) -> int:
@@ -307,26 +307,55 @@ def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
 def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
     K, C = problem.group_filters, problem.group_channels
     row_tiles = -(-K // tile.rows)
+    inside = 1.0
     if tile.formulation == "gather":
-        columns, taps = problem.taps * C, 1
+        columns, programs, taps = problem.taps * C, 1, 1.0
         steps: float = -(-problem.N * problem.P * problem.Q // tile.pixels)
     else:
-        columns, taps = C, -(-problem.taps // tile.taps)
+        columns, programs = C, -(-problem.taps // tile.taps)
+        taps = problem.taps / (programs * tile.taps)
         n, h, w = tile.box
-        reached = 1.0
-        for axis, outputs, window, extent, box in (
-            (0, problem.P, problem.R, problem.H, h), (1, problem.Q, problem.S, problem.W, w),
-        ):  # fmt: skip
-            before, stride, dilation = problem.padding[axis][0], problem.stride[axis], problem.dilation[axis]
-            boxes, pairs = _reached(outputs, window, stride, before, dilation, extent, box)
-            # Two taps of a row share a run of pixels that holds those of both.
-            lost = (boxes - pairs / window) / 2 if tile.taps == 2 and axis == 1 else 0.0
-            reached *= pairs / window + lost
-        steps = reached * -(-problem.N // n)
+        rows = problem.P, problem.R, problem.stride[0], problem.padding[0][0], problem.dilation[0], problem.H, h
+        cols = problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w
+        boxes, pairs = _reached_together(rows, cols, tile.taps)
+        steps = boxes / programs * -(-problem.N // n)
+        inside = pairs / max(1, boxes * tile.taps) * C / (-(-C // tile.channels) * tile.channels)
     column_tiles = -(-columns // tile.channels)
-    tiles = row_tiles * column_tiles * taps * problem.groups
-    useful = columns / (column_tiles * tile.channels) * (problem.taps / (taps * tile.taps) if taps > 1 else 1.0)
-    return _Shape(tiles, steps, tile.rows, tile.channels * tile.taps, tile.pixels, K / (row_tiles * tile.rows), useful)
+    tiles = row_tiles * column_tiles * programs * problem.groups
+    useful = columns / (column_tiles * tile.channels) * taps
+    useful_rows = K / (row_tiles * tile.rows)
+    return _Shape(
+        tiles, steps, tile.rows, tile.channels * tile.taps, tile.pixels, useful_rows, useful, inside=inside
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8192)
+def _reached_together(rows: tuple[int, ...], cols: tuple[int, ...], together: int) -> Pair:
+    """Of all programs of `together` taps: boxes of outputs, and pairs of a box and a tap that are inside the image.
+
+    A program goes through the boxes between the first and the last that one of its taps needs.  The arguments are
+    outputs, window, stride, padding before, dilation, extent and box along either axis.
+    """
+    p_of, q_of = _boxes_of_taps(*rows), _boxes_of_taps(*cols)
+    taps = list(itertools.product(p_of, q_of))
+    boxes = pairs = 0
+    for first in range(0, len(taps), together):
+        mine = taps[first : first + together]
+        mine += mine[-1:] * (together - len(mine))  # beyond the last tap: that one again
+        boxes += math.prod(
+            max(0, max(high for _, high in spans) - min(low for low, _ in spans)) for spans in zip(*mine, strict=True)
+        )
+        pairs += sum(math.prod(max(0, high - low) for low, high in spans) for spans in mine)
+    return boxes, pairs
+
+
+def _boxes_of_taps(
+    outputs: int, window: int, stride: int, before: int, dilation: int, extent: int, box: int
+) -> list[Pair]:
+    """For each tap along one axis the boxes [low, high) of outputs with a pixel inside the image."""
+    shifts = [tap * dilation - before for tap in range(window)]
+    ends = [min(outputs, max(0, -(-(extent - shift) // stride))) for shift in shifts]
+    return [(max(0, -(shift // stride)) // box, -(-end // box)) for shift, end in zip(shifts, ends, strict=True)]
 
 
 def _runs_shape(problem: Conv2dProblem, pass_: str, tile: Tile, item: int, runs: Runs | None) -> _Shape:
@@ -431,8 +460,8 @@ class _Rates:
             products, reads = _warp_groups(shape, tile)
             products *= shape.depth * dtype.itemsize / 32
             # Compiled loops: 87 instructions and two for each product of a warp, 30 more for a second row of products,
-            # 43 for half a box more.
-            instructions = 87 + 2 * products + 30 * ((tile.block_k2 > 0) + (tile.taps > 1)) + 43 * tile.half
+            # 40 for each tap after the first, 43 for half a box more.
+            instructions = 87 + 2 * products + 30 * (tile.block_k2 > 0) + 40 * (tile.taps - 1) + 43 * tile.half
             if tile.formulation == "gather":
                 instructions = 60 + fetched
             if tile.formulation == "runs":

@@ -221,13 +221,13 @@ def test_shared_depth_and_second_products(tile: dict[str, Any], memory_format: A
 @pytest.mark.parametrize(
     "tile",
     [
-        {"taps": 2}, {"block_k2": 16}, {"taps": 2, "block_k2": 16, "splits": 3}, {"block_c": 32, "half": True},
+        {"taps": 4}, {"block_k2": 16}, {"taps": 2, "block_k2": 16, "splits": 3}, {"block_c": 32, "half": True},
         {"block_c": 32, "half": True, "block_k2": 16, "splits": 3},
     ],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("stride", [1, 2])
-def test_filter_gradients_of_two_taps_and_more_filters(stride: int, tile: dict[str, Any], box: Any) -> None:
+def test_filter_gradients_of_more_taps_and_more_filters(stride: int, tile: dict[str, Any], box: Any) -> None:
     if stride == 2 and box != (16, 1, 1):
         pytest.skip("a box of several rows or columns needs stride 1")
     x, w, _ = operands(Case("", (3, 72, 6, 5), (112, 72, 3, 3)), torch.float32)
@@ -236,6 +236,32 @@ def test_filter_gradients_of_two_taps_and_more_filters(stride: int, tile: dict[s
     with tiles.override(**({"formulation": formulation, "box": box, "block_k": 32, "block_c": 16} | tile)):
         dw = OPS.conv2d_wgrad(dy, x, w.shape, (stride, stride), (1,) * 4, (1, 1), 1, "ieee")
     exact = reference.conv2d_wgrad(x, dy, w.shape, stride, 1)
+    assert reference.error(dw, exact) <= 1e-5 * exact.abs().max().item()
+
+
+@pytest.mark.parametrize("formulation", ["pixel", "box"])
+@pytest.mark.parametrize(
+    ("window", "taps", "arguments"),
+    [
+        ((2, 5), 5, {"padding": (1, 2), "dilation": (2, 1)}),  # a program's taps in one row
+        ((3, 3), 3, {"padding": 2, "stride": 2}),
+        ((3, 3), 5, {"padding": (0, 3), "dilation": (1, 3)}),  # from row to row, none left for one of the ten
+        ((1, 3), 5, {"stride": (2, 1)}),  # more than there are
+    ],
+    ids=str,
+)
+def test_filter_gradients_of_many_taps(window: Any, taps: int, arguments: dict[str, Any], formulation: str) -> None:
+    if formulation == "box" and arguments.get("stride", 1) != 1:
+        pytest.skip("a box of several rows or columns needs stride 1")
+    x, w, _ = operands(Case("", (3, 80, 4, 5), (48, 40, *window)), torch.float32)
+    dy = torch.randn(F.conv2d(x, w, None, groups=2, **arguments).shape)
+    defaults = {"stride": 1, "padding": 0, "dilation": 1} | arguments
+    stride, padding, dilation = (n if isinstance(n, tuple) else (n, n) for n in defaults.values())
+    pads = [side for side in padding for _ in (0, 1)]
+    box = (16, 1, 1) if formulation == "pixel" else (4, 2, 4)
+    with tiles.override(formulation=formulation, box=box, block_k=32, block_c=64, taps=taps, splits=2):
+        dw = OPS.conv2d_wgrad(dy, x, w.shape, stride, pads, dilation, 2, "ieee")
+    exact = reference.conv2d_wgrad(x, dy, w.shape, stride, [(side, side) for side in padding], dilation, 2)
     assert reference.error(dw, exact) <= 1e-5 * exact.abs().max().item()
 
 

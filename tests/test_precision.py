@@ -115,7 +115,7 @@ def test_every_kind_of_tile_goes_through_all_products(tile: dict[str, Any], prec
 
 
 @pytest.mark.parametrize(
-    "tile", [{"splits": 3}, {"taps": 2, "block_k2": 16}, {"block_c": 32, "half": True, "block_k2": 16}], ids=str
+    "tile", [{"splits": 3}, {"taps": 4, "block_k2": 16}, {"block_c": 32, "half": True, "block_k2": 16}], ids=str
 )
 @pytest.mark.parametrize("box", [(16, 1, 1), (2, 4, 2)], ids=["pixel", "box"])
 def test_filter_gradients_go_through_all_products(box: tuple[int, int, int], tile: dict[str, Any]) -> None:
@@ -335,7 +335,7 @@ def test_counted_bytes(formulation: str) -> None:
     counted(planned)
 
 
-@pytest.mark.parametrize("changes", [{}, {"taps": 2, "block_k2": 16, "splits": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"taps": 5, "block_k2": 16, "splits": 2}], ids=str)
 @pytest.mark.parametrize("arguments", [{"padding": (2, 1)}, {"stride": 2, "groups": 2}], ids=str)
 def test_filter_gradients_of_tf32_read_images_last(arguments: dict[str, Any], changes: dict[str, Any]) -> None:
     # Small integers: every product and sum is exact in TF32 too.
@@ -367,7 +367,7 @@ def test_counted_bytes_of_images_last() -> None:
     problem = Conv2dProblem(4, 24, 3, 3, 40, 3, 2, padding=((1, 1), (1, 0)))
     x, w, y = (torch.randn(s).contiguous(memory_format=CHANNELS_LAST)
                for s in (problem.x_shape, problem.w_shape, problem.y_shape))  # fmt: skip
-    with tiles.override(formulation="pixel", box=(16, 1, 1), block_k=32, block_c=16, taps=2):
+    with tiles.override(formulation="pixel", box=(16, 1, 1), block_k=32, block_c=16, taps=3):
         counted(launch_conv.plan_wgrad(problem, y, x, w, gpu=hardware.INTERPRETER, precision="tf32"))
 
 

@@ -204,7 +204,7 @@ def fprop_box(
             acc = tl.zeros((BLOCK_K2, PIXELS), ACC)
             c, s, r = c_first, s_first, r_first
             for _ in tl.range(0, steps):
-                box = pixel_load(x, n, h0 + r * DIL_H, w0 + s * DIL_W, g, c, C, 0, 0, GROUPS, False, PIXELS, BLOCK_C)
+                box = pixel_load(x, n, h0 + r * DIL_H, w0 + s * DIL_W, g, c, GROUPS, False, PIXELS, BLOCK_C)
                 column = (TAP_0 + r * TAP_R + s * TAP_S) * (K if TRANSPOSED else C)
                 filters = _filter_load(w2, g, c, k0, 0, C, K, column, TRANSPOSED)
                 acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -231,12 +231,10 @@ def fprop_box(
         step = 0
         for _ in tl.range(0, steps * products if small else steps):  # one flat loop: it pipelines across taps
             plane = g + (x_parts & 3) * GROUPS if small else g
-            box = pixel_load(
-                x, n, h0 + r * DIL_H, w0 + s * DIL_W, plane, c, C, 0, 0, GROUPS * PARTS, False, PIXELS, BLOCK_C
-            )
+            box = pixel_load(x, n, h0 + r * DIL_H, w0 + s * DIL_W, plane, c, GROUPS * PARTS, False, PIXELS, BLOCK_C)
             if HALF:
                 box_half = pixel_load(
-                    x_half, n_half, h_half + r * DIL_H, w_half + s * DIL_W, plane, c, C, 0, 0, GROUPS * PARTS, False,
+                    x_half, n_half, h_half + r * DIL_H, w_half + s * DIL_W, plane, c, GROUPS * PARTS, False,
                     PIXELS // 2, BLOCK_C,
                 )  # fmt: skip
             tap = TAP_0 + r * TAP_R + s * TAP_S

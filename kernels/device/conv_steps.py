@@ -96,13 +96,19 @@ def finished(
 
 @triton.jit
 def pixel_load(
-    image, n, h, w, g, c0, C, pitch_h, pitch_w, GROUPS: tl.constexpr, PIXEL: tl.constexpr, PIXELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    image, n, h, w, g, c0, GROUPS: tl.constexpr, PIXEL: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr
+):
+    # With PIXEL one pixel of many images, a matrix as it lies: the axes that a box has one of come first.
     if PIXEL == 2:
-        box = image.load([h * pitch_h + w * pitch_w + g * C + c0, n]).T
+        if GROUPS == 1:
+            box = image.load([h, w, c0, n]).reshape(BLOCK, PIXELS).T
+        else:
+            box = image.load([h, w, g, c0, n]).reshape(BLOCK, PIXELS).T
     elif PIXEL:
-        box = image.load([n, h * pitch_h + w * pitch_w + g * C + c0])
+        if GROUPS == 1:
+            box = image.load([h, w, n, c0]).reshape(PIXELS, BLOCK)
+        else:
+            box = image.load([h, w, g, n, c0]).reshape(PIXELS, BLOCK)
     elif GROUPS == 1:
         box = image.load([n, h, w, c0]).reshape(PIXELS, BLOCK)
     else:

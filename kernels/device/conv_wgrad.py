@@ -6,14 +6,14 @@ import triton.language as tl
 from tileconv.kernels.device.conv_steps import next_product, pixel_load, small_products, without_infinities
 
 
-# GEMM_M: filters of one group.  GEMM_N: channels of one group, for one tap (r, s) or two.  GEMM_K: output pixels, of
+# GEMM_M: filters of one group.  GEMM_N: channels of one group, for one tap (r, s) to five.  GEMM_K: output pixels, of
 # which every split takes an equal run and writes its own slice of dw; pixels whose taps lie in padding are skipped.
-# BLOCK_K2 more filters, and a second tap or half as many channels more, share what is loaded: at most four products.
+# BLOCK_K2 more filters, and more taps or half as many channels more, share what is loaded: a product for each.
 @triton.jit
 def wgrad_box(
-    x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C]; with PIXEL of [N, all of an image], box [BOX_N, BLOCK_C]
+    x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C]; with PIXEL of [H, W, (PARTS * GROUPS,) N, C]
     x_half,  # the same with half the channels, or None
-    dy,  # descriptor of [N, P, Q, (PARTS * GROUPS,) K]; with PIXEL of [N, all of an image], box [BOX_N, BLOCK_K]
+    dy,  # descriptor of [N, P, Q, (PARTS * GROUPS,) K]; with PIXEL of [P, Q, (PARTS * GROUPS,) N, K]
     dy2,  # the same with a box of BLOCK_K2 filters, or None
     dw,  # pointer to [SPLITS, GROUPS * K, R * S, C]
     N,
@@ -23,10 +23,6 @@ def wgrad_box(
     Q,
     C,  # channels of one group
     K,  # filters of one group
-    pitch_xh,  # from one row of x to the next, in elements (PIXEL)
-    pitch_xw,
-    pitch_yp,
-    pitch_yq,
     pad_h,
     pad_w,
     stride_h,
@@ -37,9 +33,9 @@ def wgrad_box(
     DIL_W: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
-    TAPS: tl.constexpr,  # 1 or 2
+    TAPS: tl.constexpr,  # 1 to 5
     PIXEL: tl.constexpr,  # 1: one pixel of BOX_N images: no box straddles an edge, so both operands are matrices
-    # 2: the same, and the descriptors are of [all of an image, N], box [BLOCK, BOX_N]
+    # 2: the same, and the descriptors have the images last
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,  # of x and dy
     ACC: tl.constexpr,
@@ -70,19 +66,15 @@ def wgrad_box(
     t = t // n_t
     g = t % GROUPS
     split = t // GROUPS
-    h_tap = (tap // S) * DIL_H - pad_h
-    w_tap = (tap % S) * DIL_W - pad_w
-    p_lo, p_hi = _inside(h_tap, H, P, stride_h, BOX_H)
-    q_lo, q_hi = _inside(w_tap, W, Q, stride_w, BOX_W)
-    h_tap2 = h_tap
-    w_tap2 = w_tap
-    if TAPS == 2:
-        tap2 = tl.minimum(tap + 1, R * S - 1)  # an odd number of taps: the last one twice, and not stored again
-        h_tap2 = (tap2 // S) * DIL_H - pad_h
-        w_tap2 = (tap2 % S) * DIL_W - pad_w
-        lo, hi = _inside(h_tap2, H, P, stride_h, BOX_H)
+    h_taps, w_taps = (), ()
+    p_lo, p_hi, q_lo, q_hi = P, 0, Q, 0
+    for one in tl.static_range(TAPS):
+        at = tl.minimum(tap + one, R * S - 1)  # beyond the last tap: that one again, and not stored
+        h_taps = h_taps + ((at // S) * DIL_H - pad_h,)
+        w_taps = w_taps + ((at % S) * DIL_W - pad_w,)
+        lo, hi = _inside(h_taps[one], H, P, stride_h, BOX_H)
         p_lo, p_hi = tl.minimum(p_lo, lo), tl.maximum(p_hi, hi)
-        lo, hi = _inside(w_tap2, W, Q, stride_w, BOX_W)
+        lo, hi = _inside(w_taps[one], W, Q, stride_w, BOX_W)
         q_lo, q_hi = tl.minimum(q_lo, lo), tl.maximum(q_hi, hi)
     n_n = tl.cdiv(N, BOX_N)
     n_q = tl.maximum(q_hi - q_lo, 1)
@@ -94,17 +86,11 @@ def wgrad_box(
     n_first = (begin % n_n) * BOX_N
     q_first = q_lo + (begin // n_n) % n_q
     p_first = p_lo + begin // n_n // n_q
-    acc = tl.zeros((BLOCK_K, BLOCK_C), ACC)
-    if BLOCK_K2:
-        low = tl.zeros((BLOCK_K2, BLOCK_C), ACC)
-    if TAPS == 2:
-        acc2 = tl.zeros((BLOCK_K, BLOCK_C), ACC)
-        if BLOCK_K2:
-            low2 = tl.zeros((BLOCK_K2, BLOCK_C), ACC)
-    if HALF:
-        acc_half = tl.zeros((BLOCK_K, BLOCK_C // 2), ACC)
-        if BLOCK_K2:
-            low_half = tl.zeros((BLOCK_K2, BLOCK_C // 2), ACC)
+    sums = ()  # by tap, then by box of channels, then by block of filters
+    for _ in tl.static_range(TAPS):
+        sums = sums + _zeros(BLOCK_C, BLOCK_K, BLOCK_K2, ACC)
+        if HALF:
+            sums = sums + _zeros(BLOCK_C // 2, BLOCK_K, BLOCK_K2, ACC)
     for small in tl.static_range(PARTS > 1, -1, -1):
         n, q, p = n_first, q_first, p_first
         products, x_parts, y_parts = small_products(PARTS if small else 1)
@@ -113,37 +99,23 @@ def wgrad_box(
             i = p * BOX_H
             j = q * BOX_W
             plane = g + (y_parts & 3) * GROUPS if small else g
-            grad = pixel_load(dy, n, i, j, plane, k0, K, pitch_yp, pitch_yq, PLANES, PIXEL, PIXELS, BLOCK_K)
+            grads = (pixel_load(dy, n, i, j, plane, k0, PLANES, PIXEL, PIXELS, BLOCK_K),)
             if BLOCK_K2:
                 k1 = k0 + BLOCK_K
-                grad2 = pixel_load(dy2, n, i, j, plane, k1, K, pitch_yp, pitch_yq, PLANES, PIXEL, PIXELS, BLOCK_K2)
-            h = i * stride_h + h_tap
-            w = j * stride_w + w_tap
-            m = n
-            if TAPS == 2 and PIXEL:  # no box, so no border: images from N on read as zero
-                m = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), n, N)
+                grad = pixel_load(dy2, n, i, j, plane, k1, PLANES, PIXEL, PIXELS, BLOCK_K2)
+                grads = grads + (grad,)
             plane = g + (x_parts & 3) * GROUPS if small else g
-            box = pixel_load(x, m, h, w, plane, c0, C, pitch_xh, pitch_xw, PLANES, PIXEL, PIXELS, BLOCK_C)
-            acc = tl.dot(grad.T, box, acc, input_precision=PRECISION, out_dtype=ACC)
-            if BLOCK_K2:
-                low = tl.dot(grad2.T, box, low, input_precision=PRECISION, out_dtype=ACC)
-            if HALF:
-                box = pixel_load(
-                    x_half, m, h, w, plane, c0 + BLOCK_C, C, pitch_xh, pitch_xw, PLANES, PIXEL, PIXELS, BLOCK_C // 2
-                )
-                acc_half = tl.dot(grad.T, box, acc_half, input_precision=PRECISION, out_dtype=ACC)
-                if BLOCK_K2:
-                    low_half = tl.dot(grad2.T, box, low_half, input_precision=PRECISION, out_dtype=ACC)
-            if TAPS == 2:
-                h = i * stride_h + h_tap2
-                w = j * stride_w + w_tap2
-                m = n
-                if PIXEL:
-                    m = tl.where((h >= 0) & (h < H) & (w >= 0) & (w < W), n, N)
-                box = pixel_load(x, m, h, w, plane, c0, C, pitch_xh, pitch_xw, PLANES, PIXEL, PIXELS, BLOCK_C)
-                acc2 = tl.dot(grad.T, box, acc2, input_precision=PRECISION, out_dtype=ACC)
-                if BLOCK_K2:
-                    low2 = tl.dot(grad2.T, box, low2, input_precision=PRECISION, out_dtype=ACC)
+            new = ()
+            for part in tl.static_range(TAPS):
+                h = i * stride_h + h_taps[part if S % TAPS else 0]  # 0: all lie in one row
+                w = j * stride_w + w_taps[part]
+                box = pixel_load(x, n, h, w, plane, c0, PLANES, PIXEL, PIXELS, BLOCK_C)
+                new = _products(new, sums, grads, box, PRECISION, ACC)
+                if HALF:
+                    c1 = c0 + BLOCK_C
+                    box = pixel_load(x_half, n, h, w, plane, c1, PLANES, PIXEL, PIXELS, BLOCK_C // 2)
+                    new = _products(new, sums, grads, box, PRECISION, ACC)
+            sums = new
             n += BOX_N
             wrap = n >= N
             n = tl.where(wrap, 0, n)
@@ -157,31 +129,47 @@ def wgrad_box(
                 q = tl.where(wrap, q_first, q)
                 p = tl.where(wrap, p_first, p)
         if small:
-            acc = without_infinities(acc)
-            if BLOCK_K2:
-                low = without_infinities(low)
-            if HALF:
-                acc_half = without_infinities(acc_half)
-                if BLOCK_K2:
-                    low_half = without_infinities(low_half)
-            if TAPS == 2:
-                acc2 = without_infinities(acc2)
-                if BLOCK_K2:
-                    low2 = without_infinities(low2)
-    c = c0 + tl.arange(0, BLOCK_C)
+            new = ()
+            for one in tl.static_range(len(sums)):
+                new = new + (without_infinities(sums[one]),)
+            sums = new
     first = dw + (split * GROUPS + g).to(tl.int64) * K * (R * S) * C
-    _store_filters(first, acc, k0, K, c, C, tap, R * S, BLOCK_K)
+    for one in tl.static_range(TAPS):
+        sums = _store_taps(first, sums, k0, K, c0, C, tap + one, R * S, BLOCK_C, BLOCK_K, BLOCK_K2)
+        if HALF:
+            sums = _store_taps(first, sums, k0, K, c0 + BLOCK_C, C, tap + one, R * S, BLOCK_C // 2, BLOCK_K, BLOCK_K2)
+
+
+@triton.jit
+def _zeros(COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_K2: tl.constexpr, ACC: tl.constexpr):
     if BLOCK_K2:
-        _store_filters(first, low, k0 + BLOCK_K, K, c, C, tap, R * S, BLOCK_K2)
-    if TAPS == 2:
-        _store_filters(first, acc2, k0, K, c, C, tap + 1, R * S, BLOCK_K)
-        if BLOCK_K2:
-            _store_filters(first, low2, k0 + BLOCK_K, K, c, C, tap + 1, R * S, BLOCK_K2)
-    if HALF:
-        c = c0 + BLOCK_C + tl.arange(0, BLOCK_C // 2)
-        _store_filters(first, acc_half, k0, K, c, C, tap, R * S, BLOCK_K)
-        if BLOCK_K2:
-            _store_filters(first, low_half, k0 + BLOCK_K, K, c, C, tap, R * S, BLOCK_K2)
+        return tl.zeros((BLOCK_K, COLUMNS), ACC), tl.zeros((BLOCK_K2, COLUMNS), ACC)
+    else:
+        return (tl.zeros((BLOCK_K, COLUMNS), ACC),)
+
+
+@triton.jit
+def _products(new, sums, grads, box, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    # `new`, and the next of the sums after a product of each block of filters with the box.
+    for k in tl.static_range(len(grads)):
+        total = tl.dot(grads[k].T, box, sums[len(new)], input_precision=PRECISION, out_dtype=ACC)
+        new = new + (total,)
+    return new
+
+
+@triton.jit
+def _store_taps(
+    dw, sums, k0, K, c0, C, tap, TAPS_ALL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_K2: tl.constexpr,
+):  # fmt: skip
+    # Of what is not stored yet.
+    c = c0 + tl.arange(0, COLUMNS)
+    _store_filters(dw, sums[0], k0, K, c, C, tap, TAPS_ALL, BLOCK_K)
+    if BLOCK_K2:
+        _store_filters(dw, sums[1], k0 + BLOCK_K, K, c, C, tap, TAPS_ALL, BLOCK_K2)
+        return sums[2:]
+    else:
+        return sums[1:]
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from tileconv.kernels.launch.descriptors import (
     for_descriptor,
     image_descriptor,
     matrix_descriptor,
-    row_descriptor,
+    pixel_descriptor,
     row_length,
 )
 from tileconv.kernels.launch.layout import plan_depth_to_space, plan_space_to_depth, plan_turn
@@ -192,11 +192,11 @@ def plan_wgrad(
         kernel = conv_wgrad.wgrad_box
         planes = problem.groups * fp32.parts(precision)
         x, dy = for_descriptor(x, planes), for_descriptor(dy, planes)
-        describe: Callable[..., TensorDescriptor] = row_descriptor if tile.formulation == "pixel" else image_descriptor
-        turned = tile.formulation == "pixel" and cost.turned(problem, x.dtype, precision, gpu)
+        pixel = tile.formulation == "pixel"
+        describe: Callable[..., TensorDescriptor] = pixel_descriptor if pixel else image_descriptor
+        turned = pixel and cost.turned(problem, x.dtype, precision, gpu)
         matrices = {"x": x, "dy": dy}
         if turned:
-            describe = _turned_descriptor
             for name, image in matrices.items():
                 matrices[name], turn = _turn(image, gpu)
                 splits.append(turn)
@@ -207,9 +207,8 @@ def plan_wgrad(
             "dy2": describe(matrices["dy"], planes, tile.box, tile.block_k2) if tile.block_k2 else None,
             "TAPS": tile.taps, "BLOCK_K2": tile.block_k2, "HALF": int(tile.half),
             "UNIT": 16 // x.itemsize if problem.group_channels % 16 else 0,
-            "pitch_xh": x.stride(2), "pitch_xw": x.stride(3), "pitch_yp": dy.stride(2), "pitch_yq": dy.stride(3),
             "stride_h": problem.stride[0], "stride_w": problem.stride[1],
-            "PIXEL": 2 if turned else int(tile.formulation == "pixel"), "BOX_N": tile.box[0],
+            "PIXEL": 2 if turned else int(pixel), "BOX_N": tile.box[0],
             "BOX_H": tile.box[1], "BOX_W": tile.box[2],
         }  # fmt: skip
     taps = 1 if tile.formulation == "gather" else triton.cdiv(problem.taps, tile.taps)
@@ -220,16 +219,11 @@ def plan_wgrad(
 
 
 def _turn(image: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, Launch]:
-    """Everything of an image by images [WIDTH, N], as row_descriptor counts it, and the launch that writes it."""
+    """An image [N, C, H, W] whose images lie next to each other, and the launch that writes it."""
     rows = image.as_strided((image.shape[0], row_length(tuple(image.shape), image.stride())), (image.stride(0), 1))
     turned = scratch(torch.empty(rows.shape[::-1], dtype=image.dtype, device=image.device))
-    return turned, plan_turn(rows, turned, gpu=gpu)
-
-
-def _turned_descriptor(
-    turned: torch.Tensor, groups: int, box: tuple[int, int, int], channels: int
-) -> TensorDescriptor:  # fmt: skip
-    return matrix_descriptor(turned, (channels, box[0]))
+    images = turned.as_strided(image.shape, (1, *(image.shape[0] * stride for stride in image.stride()[1:])))
+    return images, plan_turn(rows, turned, gpu=gpu)
 
 
 def _in_parts(

@@ -37,12 +37,12 @@ def image_descriptor(image: torch.Tensor, groups: int, box: Box, channels: int) 
     return filled(_image(tuple(image.shape), image.stride(), image.dtype, groups, box, channels), image)
 
 
-def row_descriptor(image: torch.Tensor, groups: int, box: Box, channels: int) -> TensorDescriptor:
-    """[N, everything of one image]: a box of one pixel needs no more, and the tensor cores take it as it lies.
+def pixel_descriptor(image: torch.Tensor, groups: int, box: Box, channels: int) -> TensorDescriptor:
+    """[H, W, N, C]; with groups [H, W, groups, N, C/groups]: the box of one pixel is a matrix to the tensor cores.
 
-    A group's channels are an offset along the row.
+    An image that is turned, its images next to each other, has [C, N] at the end.
     """
-    return filled(_rows(tuple(image.shape), image.stride(), image.dtype, box[0], channels), image)
+    return filled(_pixel(tuple(image.shape), image.stride(), image.dtype, groups, box[0], channels), image)
 
 
 def row_length(shape: Extents, strides: Extents) -> int:
@@ -84,9 +84,17 @@ def _image(
 
 
 @lru_cache(maxsize=4096)
-def _rows(shape: Extents, strides: Extents, dtype: torch.dtype, images: int, channels: int) -> TensorDescriptor:
-    pitch = strides[0] if shape[0] > 1 else shape[1]
-    return TensorDescriptor(_nothing(dtype), [shape[0], row_length(shape, strides)], [pitch, 1], [images, channels])
+def _pixel(
+    shape: Extents, strides: Extents, dtype: torch.dtype, groups: int, images: int, channels: int
+) -> TensorDescriptor:
+    turned = strides[1] > 1
+    total = shape[1] * (strides[1] if turned else 1)
+    own = shape[1] // groups
+    outer = [(shape[axis], strides[axis] if shape[axis] > 1 else total, 1) for axis in (2, 3)]
+    outer += [(groups, total // groups, 1)] if groups > 1 else []
+    inner = [(shape[0], strides[0] if shape[0] > 1 else total, images), (own, strides[1] if turned else 1, channels)]
+    extents, pitches, block = zip(*outer, *(reversed(inner) if turned else inner), strict=True)
+    return TensorDescriptor(_nothing(dtype), list(extents), list(pitches), list(block))
 
 
 @lru_cache(maxsize=4096)
