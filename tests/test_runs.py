@@ -133,13 +133,15 @@ def test_which_images_are_copied(size, batch, padding, batch_invariant, kernels,
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-def test_nan_and_infinity_stay_in_the_windows_that_hold_them(layout):
-    x, w = torch.randn(4, 3, 15, 23).half(), (torch.randn(8, 3, 7, 7) / 7).half()
-    clean = tk.conv2d(x.contiguous(memory_format=layout), w, stride=4)
+@pytest.mark.parametrize(("width", "padding"), [(23, 0), (24, 2)], ids=["no padding", "padding"])
+def test_nan_and_infinity_stay_in_the_windows_that_hold_them(width, padding, layout, planned):
+    x, w = torch.randn(4, 3, 15, width).half(), (torch.randn(8, 3, 7, 7) / 7).half()
+    clean = tk.conv2d(x.contiguous(memory_format=layout), w, stride=4, padding=padding)
     x[0, 0, 4, 0], x[1, 2, 14, 22], x[2, 1, 7, 11] = float("nan"), float("inf"), float("-inf")
-    x[3, :, :, 22] = float("nan")  # the column after it, in memory, begins the next row
-    got = tk.conv2d(x.contiguous(memory_format=layout), w, stride=4)
-    want = F.conv2d(x.double(), w.double(), stride=4)
+    x[3, :, :, -1] = float("nan")  # the column after it, in memory, begins the next row
+    got = tk.conv2d(x.contiguous(memory_format=layout), w, stride=4, padding=padding)
+    assert planned == ["plan_fprop"] * 2
+    want = F.conv2d(x.double(), w.double(), stride=4, padding=padding)
     assert want.isnan().any() and want.isinf().any() and want.isfinite().any()
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
     plain = want.isfinite()

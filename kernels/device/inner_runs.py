@@ -9,7 +9,7 @@ one matrix of filters for each class, and a program's images are all of one.
 import triton
 import triton.language as tl
 
-from tileconv.kernels.device.conv_steps import bias_and_activation
+from tileconv.kernels.device.runs import finish
 
 
 # For each place in the depth, (c, r, e) with e inside a run: its element, from the first one of an image of class 0 on
@@ -99,25 +99,6 @@ def _sums(
     return acc.T if EXACT else acc
 
 
-# AGAIN replaces NaN alone: what a window without it made keeps its bits.
-@triton.jit
-def _finish(
-    acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P: tl.constexpr, Q: tl.constexpr,
-    CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, OUT: tl.constexpr, PIXELS: tl.constexpr,
-    AGAIN: tl.constexpr,
-):  # fmt: skip
-    acc = bias_and_activation(acc, bias, 0, k, K, HAS_BIAS, ACTIVATION)
-    i = first + tl.arange(0, PIXELS)
-    n = (i // Q // P).to(tl.int64) * CLASSES + cls
-    at = n * stride_yn + (i // Q % P).to(tl.int64) * stride_yp + (i % Q).to(tl.int64) * stride_yq
-    y += (k.to(tl.int64) * stride_yk)[:, None] + at[None, :]
-    inside = (k < K)[:, None] & (n < N)[None, :]
-    if AGAIN:
-        before = tl.load(y, mask=inside, other=0.0).to(tl.float32)
-        inside &= before != before
-    tl.store(y, acc.to(OUT), mask=inside)
-
-
 @triton.jit
 def fprop_inner_runs(
     x,  # pointer to [N, C, H, W], W contiguous, at a multiple of ALIGN elements
@@ -169,7 +150,7 @@ def fprop_inner_runs(
         ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, False,
     )  # fmt: skip
     poisoned = tl.max((acc != acc).to(tl.int32)) > 0
-    _finish(acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES, HAS_BIAS,
+    finish(acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES, HAS_BIAS,
             ACTIVATION, OUT, PIXELS, False)  # fmt: skip
     # A zero of the filters times what lies beside a window is NaN where that is infinite or NaN: once more, without it.
     if poisoned:
@@ -179,7 +160,7 @@ def fprop_inner_runs(
                 x, filters, k < K, some, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R,
                 S, RUN, ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, True,
             )  # fmt: skip
-            _finish(few, y, bias, some, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES,
+            finish(few, y, bias, some, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES,
                     HAS_BIAS, ACTIVATION, OUT, FEW, True)  # fmt: skip
 
 

@@ -14,6 +14,89 @@ from tileconv.kernels.device.conv_steps import bias_and_activation
 _FAR = tl.constexpr(1 << 29)  # a row that is outside every image
 
 
+# Sums of the output pixels `first` and after it: [BLOCK_K, PIXELS].  EXACT reads what the filters meet and nothing
+# beside it, element by element.
+@triton.jit
+def _sums(
+    x,
+    filters,  # pointers to rows of the matrix
+    inside_k,  # whether there is such a filter
+    first,
+    N,
+    H,
+    W,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    pad_h,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    RUN: tl.constexpr,
+    LEAD: tl.constexpr,
+    USED: tl.constexpr,
+    FIRST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # a multiple of RUN
+    EXACT: tl.constexpr,
+):
+    i = first + tl.arange(0, PIXELS)
+    n = i // Q // P
+    d = tl.arange(0, BLOCK_C)
+    e = d % RUN
+    h0 = (i // Q % P).to(tl.int32) * STRIDE_H - pad_h
+    v = ((i % Q).to(tl.int32) * STRIDE_W - FIRST)[:, None] + e[None, :]
+    start = (n * (stride_xn * ALIGN) + h0.to(INDEX) * (stride_xh * ALIGN))[:, None] + v
+    met = (e >= LEAD) & (e < USED) if EXACT else e < (USED + ALIGN - 1) // ALIGN * ALIGN
+    # What a run has outside its row reads as zero because its image row is far away: one comparison in the loop.
+    inside = (v >= 0) & (v < W * ALIGN) & (n < N)[:, None] & met[None, :]
+    h0 = tl.where(inside, h0[:, None], -2 * _FAR)
+    filters = filters[:, None] + d[None, :]
+    acc = tl.zeros((PIXELS, BLOCK_K) if EXACT else (BLOCK_K, PIXELS), ACC)
+    for d0 in tl.range(0, DEPTH, BLOCK_C, num_stages=1 if EXACT else None):
+        run = d0 // RUN + d // RUN
+        r = run % R * DIL_H
+        shift = tl.cast(run // R, INDEX) * (stride_xc * ALIGN) + r.to(INDEX) * (stride_xh * ALIGN)
+        h = h0 + tl.where(run < C * R, r, _FAR)[None, :]
+        # A negative row is a large unsigned one.
+        pixels = tl.load(x + (start + shift[None, :]), mask=h.to(tl.uint32) < H.to(tl.uint32), other=0.0)
+        a = tl.load(filters + d0, mask=inside_k[:, None], other=0.0)
+        if EXACT:  # fewer than 64 rows: mma.sync, which needs no waiting for what is written to shared memory
+            acc = tl.dot(pixels, a.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            acc = tl.dot(a, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc.T if EXACT else acc
+
+
+# Of the images cls, cls + CLASSES, ...; AGAIN replaces NaN alone: what a window without it made keeps its bits.
+@triton.jit
+def finish(
+    acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P: tl.constexpr, Q: tl.constexpr,
+    CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, OUT: tl.constexpr, PIXELS: tl.constexpr,
+    AGAIN: tl.constexpr,
+):  # fmt: skip
+    acc = bias_and_activation(acc, bias, 0, k, K, HAS_BIAS, ACTIVATION)
+    i = first + tl.arange(0, PIXELS)
+    n = (i // Q // P).to(tl.int64) * CLASSES + cls
+    at = n * stride_yn + (i // Q % P).to(tl.int64) * stride_yp + (i % Q).to(tl.int64) * stride_yq
+    y += (k.to(tl.int64) * stride_yk)[:, None] + at[None, :]
+    inside = (k < K)[:, None] & (n < N)[None, :]
+    if AGAIN:
+        before = tl.load(y, mask=inside, other=0.0).to(tl.float32)
+        inside &= before != before
+    tl.store(y, acc.to(OUT), mask=inside)
+
+
 # GEMM_M: filters.  GEMM_N: flat output pixels (n, p, q).  GEMM_K: (c, r, e), e inside a run.
 @triton.jit
 def fprop_runs(
@@ -38,6 +121,7 @@ def fprop_runs(
     C: tl.constexpr,
     R: tl.constexpr,
     RUN: tl.constexpr,
+    LEAD: tl.constexpr,
     USED: tl.constexpr,  # pixels of a run up to the filter's end: LEAD + S
     FIRST: tl.constexpr,  # pixels from the first run's start to the image's: pad_w + LEAD
     ALIGN: tl.constexpr,
@@ -55,36 +139,30 @@ def fprop_runs(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,  # a multiple of RUN
 ):
-    LOADED: tl.constexpr = (USED + ALIGN - 1) // ALIGN * ALIGN
+    FEW: tl.constexpr = 16
+    RUNS: tl.constexpr = RUN if RUN > FEW else FEW
     t = tl.program_id(0)
     n_k = tl.cdiv(K, BLOCK_K)
     k = (t % n_k) * BLOCK_K + tl.arange(0, BLOCK_K)
-    i = tl.cast(t // n_k, INDEX) * PIXELS + tl.arange(0, PIXELS)
-    q = (i % Q).to(tl.int32)
-    p = (i // Q % P).to(tl.int32)
-    n = i // Q // P
-    d = tl.arange(0, BLOCK_C)
-    h0 = p * STRIDE_H - pad_h
-    v = (q * STRIDE_W - FIRST)[:, None] + (d % RUN)[None, :]
-    start = (n * (stride_xn * ALIGN) + h0.to(INDEX) * (stride_xh * ALIGN))[:, None] + v
-    # What a run has outside its row reads as zero because its image row is far away: one comparison in the loop.
-    inside = (v >= 0) & (v < W * ALIGN) & (n < N)[:, None] & (d % RUN < LOADED)[None, :]
-    h0 = tl.where(inside, h0[:, None], -2 * _FAR)
-    filters = w + k.to(INDEX)[:, None] * DEPTH + d[None, :]
-    acc = tl.zeros((BLOCK_K, PIXELS), ACC)
-    for d0 in tl.range(0, DEPTH, BLOCK_C):
-        run = d0 // RUN + d // RUN
-        r = run % R * DIL_H
-        shift = tl.cast(run // R, INDEX) * (stride_xc * ALIGN) + r.to(INDEX) * (stride_xh * ALIGN)
-        h = h0 + tl.where(run < C * R, r, _FAR)[None, :]
-        # A negative row is a large unsigned one.
-        pixels = tl.load(x + (start + shift[None, :]), mask=h.to(tl.uint32) < H.to(tl.uint32), other=0.0)
-        a = tl.load(filters + d0, mask=(k < K)[:, None], other=0.0)
-        acc = tl.dot(a, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
-    acc = bias_and_activation(acc, bias, 0, k, K, HAS_BIAS, ACTIVATION)
-    at = n.to(tl.int64) * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
-    rows = k.to(tl.int64) * stride_yk
-    tl.store(y + rows[:, None] + at[None, :], acc.to(OUT), mask=(k < K)[:, None] & (n < N)[None, :])
+    first = tl.cast(t // n_k, INDEX) * PIXELS
+    filters = w + k.to(INDEX) * DEPTH
+    acc = _sums(
+        x, filters, k < K, first, N, H, W, stride_xn, stride_xc, stride_xh, pad_h, P, Q, C, R, RUN, LEAD, USED, FIRST,
+        ALIGN, STRIDE_H, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, False,
+    )  # fmt: skip
+    poisoned = tl.max((acc != acc).to(tl.int32)) > 0
+    finish(acc, y, bias, first, 0, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, 1, HAS_BIAS,
+           ACTIVATION, OUT, PIXELS, False)  # fmt: skip
+    # A zero of the filters times what lies beside a window is NaN where that is infinite or NaN: once more, without it.
+    if poisoned:
+        tl.debug_barrier()  # each thread reads what others wrote
+        for some in tl.range(first, first + PIXELS, FEW):
+            few = _sums(
+                x, filters, k < K, some, N, H, W, stride_xn, stride_xc, stride_xh, pad_h, P, Q, C, R, RUN, LEAD, USED,
+                FIRST, ALIGN, STRIDE_H, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, FEW, BLOCK_K, RUNS, True,
+            )  # fmt: skip
+            finish(few, y, bias, some, 0, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, 1, HAS_BIAS,
+                   ACTIVATION, OUT, FEW, True)  # fmt: skip
 
 
 # GEMM_M: filters.  GEMM_N: (c, r, e), e inside a run.  GEMM_K: output pixels, PIXELS of one row a step; the rows of all

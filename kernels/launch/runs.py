@@ -78,6 +78,8 @@ def plan_fprop(
         "ACTIVATION": activation, "PRECISION": precision, "ACC": accumulator(x.dtype), "OUT": TRITON_TYPE[y.dtype],
         "INDEX": index_type(x), "PIXELS": tile.pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
+    if not runs.inner:
+        arguments["LEAD"] = runs.lead
     pixels = triton.cdiv(problem.N, classes) * problem.P * problem.Q
     programs = classes * triton.cdiv(pixels, tile.pixels) * triton.cdiv(problem.K, tile.block_k)
     kernel = inner_runs.fprop_inner_runs if runs.inner else device.fprop_runs
