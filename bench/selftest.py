@@ -44,7 +44,7 @@ def _conv(channels: int, filters: int, kernel: int, size: int, images: int = 3, 
 
 
 # Small, and awkward in one way each: extents that no tile divides, padding on all sides, what descriptors cannot
-# address, strides, dilation, groups, a first layer, depths of less than one step.
+# address, strides, dilation, groups, first layers (padded, and in rows at odd places), depths of less than one step.
 PROBLEMS = (
     _conv(72, 104, 3, 9, padding=1),
     _conv(64, 96, 5, 7, padding=2),
@@ -52,6 +52,7 @@ PROBLEMS = (
     _conv(48, 56, 3, 11, dilation=3, padding=3),
     _conv(64, 96, 3, 7, groups=2, padding=1),
     _conv(3, 40, 11, 39, stride=4, padding=2),
+    _conv(3, 40, 11, 39, images=4, stride=4),
     _conv(17, 19, 3, 6, padding=1),
     _conv(136, 200, 1, 1, images=5),
 )
