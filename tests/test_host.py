@@ -38,7 +38,7 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def planned(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts of descriptors made from scratch, of layouts planned and of launches, which do nothing."""
     counts = {"descriptors": 0, "layouts": 0, "launches": 0}
-    for described in (descriptors._image, descriptors._rows, descriptors._matrix):
+    for described in (descriptors._image, descriptors._pixel, descriptors._matrix):
         described.cache_clear()  # what earlier tests had described
     check = TensorDescriptor.__post_init__
 
