@@ -158,7 +158,8 @@ def ranked(
 
     def cost_of(tile: ConvTile) -> tuple[float, float, float]:
         predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
-        return _time(tile, problem, pass_, dtype, precision, gpu), predicted.loop_us, predicted.issue_us
+        time = _weighed(predicted, tile, problem, pass_, dtype, precision, gpu)
+        return time, predicted.loop_us, predicted.issue_us
 
     return sorted(valid, key=cost_of)
 
@@ -228,6 +229,13 @@ def _time(
     tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> float:  # fmt: skip
     predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
+    return _weighed(predicted, tile, problem, pass_, dtype, precision, gpu)
+
+
+def _weighed(
+    predicted: cost.Prediction, tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str,
+    gpu: GPU,
+) -> float:  # fmt: skip
     us = cost.weighed_us(predicted, gpu)
     if pass_ == "wgrad" and tile.formulation == "pixel" and cost.turned(problem, dtype, precision, gpu):
         us += cost.turn_us(problem, dtype, gpu)
