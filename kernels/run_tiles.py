@@ -10,7 +10,7 @@ import torch
 from tileconv.kernels import cost, excluded
 from tileconv.kernels.conv_tile import ConvTile, power_of_two
 from tileconv.kernels.geometry import Conv2dProblem, Runs
-from tileconv.kernels.hardware import GPU
+from tileconv.kernels.hardware import GPU, triton_version
 from tileconv.kernels.tiles import forced
 
 TYPICAL_BATCH = 32
@@ -73,6 +73,9 @@ def choose_runs(
         # As many sums spill before Hopper, and with the addresses of 4-byte pixels beside them there too.
         most = 4096 * warps if (gpu.arch < 90 or dtype.itemsize == 4) and not in_bits else 1 << 16
         if block_k > max(filters, 32) or sums >= most:
+            continue
+        # Triton 3.6 spills larger blocks of TF32 30 to 192 times, and makes the products of inner runs' largest wait.
+        if triton_version() < (3, 7) and pass_ == "wgrad" and block_k > (32 if in_bits else 64 if runs.inner else 128):
             continue
         step = (block_k + (block_c if pass_ == "wgrad" else pixels)) * dtype.itemsize
         step *= pixels if pass_ == "wgrad" else block_c
