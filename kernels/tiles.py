@@ -79,6 +79,11 @@ def choose(
     tile = replace(chosen, **changes)  # type: ignore[arg-type]
     if reason := why_invalid(tile, problem, pass_, fp32.multiplied(dtype, precision), gpu):
         raise ValueError(f"the tile override cannot be honoured: {reason}")
+    if tile.narrow and fp32.parts(precision) > 1:
+        raise ValueError(
+            f"the tile override cannot be honoured: tail={tile.tail} with splits=1 multiplies no parts, and "
+            f"precision={precision!r} does"
+        )
     return tile
 
 

@@ -114,6 +114,17 @@ def test_every_kind_of_tile_goes_through_all_products(tile: dict[str, Any], prec
     assert reference.error(dx, want) <= (1e-4 if precision == "bf16x3" else 1e-5)
 
 
+@pytest.mark.parametrize("precision", PARTS)
+def test_tiles_that_share_their_filters_multiply_no_parts(precision: str) -> None:
+    x, w = torch.randn(3, 24, 5, 4).contiguous(memory_format=CHANNELS_LAST), torch.randn(80, 24, 3, 3)
+    tile = {"formulation": "box", "box": (2, 4, 2), "block_k": 32, "block_k2": 16, "block_c": 16, "tail": 2}
+    with (
+        tiles.override(**tile),
+        pytest.raises(ValueError, match=f"tail=2 with splits=1 multiplies no parts, and precision='{precision}'"),
+    ):
+        tk.conv2d(x, w, padding=1, precision=precision)
+
+
 @pytest.mark.parametrize(
     "tile", [{"splits": 3}, {"taps": 4, "block_k2": 16}, {"block_c": 32, "half": True, "block_k2": 16}], ids=str
 )
