@@ -28,7 +28,9 @@ def clean_candidates(
             _wgrad_candidates(problem, read, gpu) if pass_ == "wgrad" else _box_candidates(problem, pass_, read, gpu)
         )
         found = boxes + found
-    return found if read == dtype else _of_parts(problem, pass_, found, precision, gpu)
+    if read != dtype:
+        return _of_parts(problem, pass_, found, precision, gpu)
+    return [tile for tile in found if not _box_waits(tile, problem, pass_, dtype, gpu)]
 
 
 def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precision: str, gpu: GPU) -> list[ConvTile]:
@@ -126,6 +128,22 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
     return [tile for tile in found if not (odd and tile.tail)]
 
 
+def _box_waits(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> bool:
+    """Whether a box's products wait for each other, forward or in a gradient, as compiled for sm_90.
+
+    Those of 256 + 128 turned 2-byte filters of one tap do where the last 128 are shared, in their loop of 128 alone.
+    Triton 3.6 makes those of 32,768 sums wait where a program has the whole depth, 76 of 282 tiles of more than 24,576,
+    but neither those of 2-byte filters that it turns nor those of 64; 3.7 makes none of them wait.
+    """
+    if gpu.arch // 10 != 9 or pass_ == "wgrad":
+        return False
+    turned = pass_ == "dgrad" and dtype.itemsize == 2
+    if turned and problem.taps == 1 and tile.narrow and tile.block_k2 > 64:
+        return True
+    large = tile.splits == 1 and tile.rows * tile.pixels == 32_768
+    return large and not turned and (dtype.itemsize > 2 or tile.rows > 64) and triton_version() < (3, 7)
+
+
 def _boxes(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
     """One pixel of many images, and the boxes that waste fewest pixels."""
     images = min(power_of_two(problem.N), pixels)
@@ -212,6 +230,8 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             if gpu.arch >= 120 and dtype.itemsize == 2 and rows * columns == 4096:
                 # Unsplit, the way out of four warps spills 16 bytes.
                 shared = [replace(one, num_warps=8) if one.splits == 1 else one for one in shared]
+            if gpu.arch >= 120 and dtype.itemsize == 2 and taps > 2 and tile.pixels < depth:
+                shared = [one for one in shared if one.splits > 1]  # unsplit, steps of half a box spill 8 bytes there
             found += [one for one in shared if not _waits(one, problem, dtype, gpu)]
     return found
 

@@ -30,6 +30,8 @@ WGRAD = (
 # than four warps multiplies by mma.sync, as all blocks do on other GPUs, and its fragments come from any layout.  Warps
 # make 64 x 64, for one read of 128 bytes a product, where 32 x 32 takes two.
 WGRAD_TF32 = ((16, 64, 128, 2), (16, 128, 64, 2), (16, 64, 64, 1), (32, 64, 64, 2), (16, 32, 128, 2))
+# Triton 3.6 spills those 2 to 192 times; these it does not, in 250 to 254 registers and in 159 to 164.
+WGRAD_TF32_IN_3_6 = ((16, 64, 64, 2), (16, 32, 64, 2))
 
 
 def in_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
@@ -67,16 +69,17 @@ def choose_runs(
         return ConvTile("runs", box, min(filters, 512), max(min(depth, 1024), power_of_two(runs.length), 16))
     found = []
     in_bits = pass_ == "wgrad" and dtype.itemsize == 4
-    for pixels, block_k, block_c, warps in WGRAD_TF32 if in_bits else WGRAD if pass_ == "wgrad" else FPROP:
+    before_3_7 = triton_version() < (3, 7)
+    of_bits = WGRAD_TF32_IN_3_6 if before_3_7 else WGRAD_TF32
+    for pixels, block_k, block_c, warps in of_bits if in_bits else WGRAD if pass_ == "wgrad" else FPROP:
         block_c = block_c if in_bits or runs.inner else max(block_c, runs.length)
         sums = block_k * (block_c if pass_ == "wgrad" else pixels)
         # As many sums spill before Hopper, and with the addresses of 4-byte pixels beside them there too.
         most = 4096 * warps if (gpu.arch < 90 or dtype.itemsize == 4) and not in_bits else 1 << 16
         if block_k > max(filters, 32) or sums >= most:
             continue
-        # Triton 3.6 spills larger blocks of TF32 30 to 192 times, and makes the products of inner runs' largest wait.
-        if triton_version() < (3, 7) and pass_ == "wgrad" and block_k > (32 if in_bits else 64 if runs.inner else 128):
-            continue
+        if before_3_7 and pass_ == "wgrad" and not in_bits and runs.inner and block_k > 64:
+            continue  # Triton 3.6 makes its products wait for each other
         step = (block_k + (block_c if pass_ == "wgrad" else pixels)) * dtype.itemsize
         step *= pixels if pass_ == "wgrad" else block_c
         stages = min(3, (gpu.shared_block - 2048) // step)
