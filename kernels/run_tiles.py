@@ -80,6 +80,8 @@ def choose_runs(
             continue
         if before_3_7 and pass_ == "wgrad" and not in_bits and runs.inner and block_k > 64:
             continue  # Triton 3.6 makes its products wait for each other
+        if gpu.arch in (86, 89) and not runs.inner and dtype.itemsize == 4 and (pixels, block_k, warps) == (128, 64, 4):
+            continue  # compiled for sm_86 and sm_89, not for sm_80, 8 bytes spill
         step = (block_k + (block_c if pass_ == "wgrad" else pixels)) * dtype.itemsize
         step *= pixels if pass_ == "wgrad" else block_c
         stages = min(3, (gpu.shared_block - 2048) // step)
