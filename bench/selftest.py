@@ -181,7 +181,8 @@ def _tile_tests(found: Iterator[tuple[str, Any]], dtype: str, gpu: Any, problems
             if shape.reads_image and pass_ == "dgrad":
                 continue
             inner = _inner(shape, pass_, dtype, gpu)
-            if left and not any(conv_tile.why_invalid(tile, p, pass_, DTYPES[dtype], gpu) for p in inner):
+            reasons = (conv_tile.why_invalid(tile, p, pass_, DTYPES[dtype], _level(dtype), gpu) for p in inner)
+            if left and not any(reasons):
                 yield Test(number, pass_, dtype, dataclasses.asdict(tile), str(tile))
                 left -= 1
 

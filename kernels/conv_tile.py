@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tileconv.kernels import fp32
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
 
@@ -137,8 +138,14 @@ def addressable(problem: Conv2dProblem, pass_: str, dtype: torch.dtype) -> bool:
     return dtype.itemsize <= 4 and all(pitch * dtype.itemsize % 16 == 0 for pitch in pitches)
 
 
-def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> str | None:
-    """The one predicate: None if `tile` can run `problem` on `gpu`, else the reason why not."""
+def why_invalid(
+    tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU
+) -> str | None:
+    """The one predicate: None if `tile` can run `problem` on `gpu`, else the reason why not.
+
+    dtype is that of the layer's operands; at some precisions kernels read parts of them.
+    """
+    read = fp32.multiplied(dtype, precision)
     extents = {"box": tile.pixels, "block_k": tile.block_k, "block_c": tile.block_c}
     if tile.formulation not in FORMULATIONS:
         return f"formulation={tile.formulation!r} is unknown: allowed are {', '.join(FORMULATIONS)}"
@@ -170,6 +177,8 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
             f"tail={tile.tail} with splits=1 needs fprop or dgrad, and block_k2 filters beside block_k, without shift "
             "and half"
         )
+    if tile.narrow and fp32.parts(precision) > 1:
+        return f"tail={tile.tail} with splits=1 multiplies no parts, and precision={precision!r} does"
     if (tile.block_k2 or (tile.splits > 1 and pass_ != "wgrad")) and tile.formulation == "gather":
         return "formulation='gather' has no second product and no splits"
     if tile.taps not in (range(1, 6) if pass_ == "wgrad" and tile.formulation != "gather" else (1,)):
@@ -180,10 +189,10 @@ def why_invalid(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch
         return None if tile.box[1:] == (1, 1) else f"box={tile.box}: gather counts flat pixels in box[0]"
     if not gpu.has_descriptors:
         return f"formulation={tile.formulation!r} needs tensor descriptors (sm_90 or newer); this is {gpu.name}"
-    if not addressable(problem, pass_, dtype):
+    if not addressable(problem, pass_, read):
         return (
             f"formulation={tile.formulation!r} needs a group's channels (its filters too in dgrad and wgrad) in "
-            f"multiples of 16 bytes: {problem.group_channels} channels, {problem.group_filters} filters of {dtype}"
+            f"multiples of 16 bytes: {problem.group_channels} channels, {problem.group_filters} filters of {read}"
         )
     if tile.formulation == "pixel":
         return None if tile.box[1:] == (1, 1) else f"box={tile.box}: pixel takes one row and one column"

@@ -26,7 +26,8 @@ def why_separate(
     if reason := why_impossible(problem, pool, dtype, precision, gpu):
         return reason
     if tiles.forced():
-        return why_invalid(choose_pooled(problem, pool, dtype, precision, gpu), problem, pool, dtype, gpu)
+        tile = choose_pooled(problem, pool, dtype, precision, gpu)
+        return why_invalid(tile, problem, pool, dtype, precision, gpu)
     if gpu.interprets:
         # One program a window and many steps: seconds where the separate kernels take milliseconds.
         return None if _whole(problem, pool) else "in the interpreter only windows that do not overlap are fused"
@@ -85,12 +86,12 @@ def _why_no_tile(problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype
 
 
 def why_invalid(
-    tile: ConvTile, problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, gpu: GPU
+    tile: ConvTile, problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> str | None:
     """As conv_tile.why_invalid, for the kernel that convolves and pools."""
     if tile.formulation == "gather" or tile.splits > 1 or tile.block_k2 or tile.shift:
         return f"{tile}: the kernel that pools has no gather, no splits and no second product"
-    if reason := conv_tile.why_invalid(tile, problem, "fprop", dtype, gpu):
+    if reason := conv_tile.why_invalid(tile, problem, "fprop", dtype, precision, gpu):
         return reason
     if tile.formulation == "pixel":
         return None

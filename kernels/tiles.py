@@ -33,8 +33,7 @@ def formulations(
     """The formulations that can run a pass, for tests and benchmarks that force each in turn."""
     inner = problem.space_to_depth if first_layer(problem, pass_, dtype, gpu) else problem
     tiles = {name: _choose(inner, pass_, dtype, precision, gpu, name) for name in FORMULATIONS}
-    read = fp32.multiplied(dtype, precision)
-    return tuple(name for name, tile in tiles.items() if why_invalid(tile, inner, pass_, read, gpu) is None)
+    return tuple(name for name, tile in tiles.items() if why_invalid(tile, inner, pass_, dtype, precision, gpu) is None)
 
 
 _overrides: list[dict[str, object]] = []
@@ -77,13 +76,8 @@ def choose(
     formulation = changes.pop("formulation", None)
     chosen = _choose(problem, pass_, dtype, precision, gpu, formulation, batch_invariant)
     tile = replace(chosen, **changes)  # type: ignore[arg-type]
-    if reason := why_invalid(tile, problem, pass_, fp32.multiplied(dtype, precision), gpu):
+    if reason := why_invalid(tile, problem, pass_, dtype, precision, gpu):
         raise ValueError(f"the tile override cannot be honoured: {reason}")
-    if tile.narrow and fp32.parts(precision) > 1:
-        raise ValueError(
-            f"the tile override cannot be honoured: tail={tile.tail} with splits=1 multiplies no parts, and "
-            f"precision={precision!r} does"
-        )
     return tile
 
 
@@ -161,12 +155,7 @@ def ranked(
     """
     valid = _valid(problem, pass_, formulation, dtype, precision, gpu)
 
-    def cost_of(tile: ConvTile) -> tuple[float, float, float]:
-        predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
-        time = _weighed(predicted, tile, problem, pass_, dtype, precision, gpu)
-        return time, predicted.loop_us, predicted.issue_us
-
-    return sorted(valid, key=cost_of)
+    return sorted(valid, key=lambda tile: _cost(tile, problem, pass_, dtype, precision, gpu))
 
 
 def order(tile: ConvTile) -> tuple[object, ...]:
@@ -194,7 +183,7 @@ def _best_for_any_batch(
         valid = _valid(replace(problem, N=batch), pass_, formulation, dtype, precision, gpu)
         if found := [tile for tile in valid if order(tile) == wanted]:
             break
-    return min(found, key=lambda tile: _time(tile, problem, pass_, dtype, precision, gpu))
+    return min(found, key=lambda tile: _cost(tile, problem, pass_, dtype, precision, gpu)[0])
 
 
 @lru_cache(maxsize=1024)
@@ -208,7 +197,7 @@ def _order_for_any_batch(
         for tile in _valid(sized, pass_, formulation, dtype, precision, gpu):
             if not tile.tail:
                 row = times.setdefault(order(tile), [math.inf] * len(BATCHES))
-                row[i] = min(row[i], _time(tile, sized, pass_, dtype, precision, gpu))
+                row[i] = min(row[i], _cost(tile, sized, pass_, dtype, precision, gpu)[0])
     best = [min(column) for column in zip(*times.values(), strict=True)]
     return min(times, key=lambda key: max(time / least for time, least in zip(times[key], best, strict=True)))
 
@@ -217,11 +206,10 @@ def _valid(
     problem: Conv2dProblem, pass_: str, formulation: str | None, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> list[ConvTile]:
     """The candidates that can run, and of them those that the model may weigh against each other."""
-    read = fp32.multiplied(dtype, precision)
     valid = [
         tile
         for tile in candidates(problem, pass_, dtype, precision, gpu)
-        if formulation in (None, tile.formulation) and why_invalid(tile, problem, pass_, read, gpu) is None
+        if formulation in (None, tile.formulation) and why_invalid(tile, problem, pass_, dtype, precision, gpu) is None
     ]
     if formulation is None and problem.stride == (1, 1):
         # Pointers are for what descriptors cannot address, and for strides at small batches: the model knows too little
@@ -230,22 +218,17 @@ def _valid(
     return valid
 
 
-def _time(
+def _cost(
     tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU
-) -> float:  # fmt: skip
+) -> tuple[float, float, float]:
+    """What a choice goes by: microseconds, copies of its operands included; of the loop; of its instructions."""
     predicted = cost.predict(problem, pass_, tile, dtype, precision, gpu)
-    return _weighed(predicted, tile, problem, pass_, dtype, precision, gpu)
-
-
-def _weighed(
-    predicted: cost.Prediction, tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str,
-    gpu: GPU,
-) -> float:  # fmt: skip
     us = cost.weighed_us(predicted, gpu)
     if pass_ == "wgrad" and tile.formulation == "pixel" and cost.turned(problem, dtype, precision, gpu):
         us += cost.turn_us(problem, dtype, gpu)
     # Tensor cores of half the width (sm_86, sm_89) hide any tile's instructions and traffic; they cost power still.
-    return us if gpu.arch >= 90 else us + 0.2 * (predicted.issue_us + predicted.l2_us)
+    us += 0.0 if gpu.arch >= 90 else 0.2 * (predicted.issue_us + predicted.l2_us)
+    return us, predicted.loop_us, predicted.issue_us
 
 
 def candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> list[ConvTile]:

@@ -107,7 +107,7 @@ def _of_gpu(gpu: GPU) -> dict[Key, ConvTile]:
         own = entry.key
         if (own.gpu, own.triton) != (gpu.name, triton.__version__):
             continue
-        if reason := conv_tile.why_invalid(entry.tile, own.problem, own.pass_, DTYPES[own.dtype], gpu):
+        if reason := conv_tile.why_invalid(entry.tile, own.problem, own.pass_, DTYPES[own.dtype], own.precision, gpu):
             raise ValueError(f"{path.name}: entries[{index}].tile cannot run on {gpu.name}: {reason}")
         found[own] = entry.tile
     return found

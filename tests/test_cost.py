@@ -98,7 +98,7 @@ def test_every_choice_is_valid_and_fits(pass_: str, gpu: hardware.GPU) -> None:
             for name in ALEXNET:
                 problem = layer(name, batch)
                 tile = tiles.choose(problem, pass_, dtype, precision, gpu)
-                assert conv_tile.why_invalid(tile, problem, pass_, dtype, gpu) is None
+                assert conv_tile.why_invalid(tile, problem, pass_, dtype, precision, gpu) is None
                 columns = tile.block_c * tile.taps if pass_ == "wgrad" else tile.pixels
                 depth = tile.pixels if pass_ == "wgrad" else tile.block_c
                 stage = (tile.rows + columns) * depth * dtype.itemsize

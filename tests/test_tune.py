@@ -161,6 +161,7 @@ def test_another_gpu_or_triton_is_left_alone(table: Path) -> None:
     assert choice() == model
 
 
+SHARED_FILTERS = {"formulation": "pixel", "box": [64, 1, 1], "block_k": 64, "block_k2": 32, "splits": 1, "tail": 2}
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "schema": (lambda d: d.update(schema=2), "schema is 2: allowed is 1"),
     "list": (lambda d: d.update(entries={}), "entries must be a list"),
@@ -176,6 +177,12 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "problem": (lambda d: d["entries"][0]["problem"].update(groups=5), "problem: groups=5 must divide"),
     "time": (lambda d: d["entries"][0]["tile_us"].update(p50=0), "tile_us.p50 must be a number of microseconds"),
     "cannot run": (lambda d: d["entries"][0]["tile"].update(block_k=48), "tile cannot run on H100: block_k=48 must be"),
+    "shared filters of parts": (
+        lambda d: d["entries"][0].update(
+            dtype="float32", precision="bf16x3", tile=d["entries"][0]["tile"] | SHARED_FILTERS
+        ),
+        "tail=2 with splits=1 multiplies no parts, and precision='bf16x3' does",
+    ),
 }
 
 

@@ -60,7 +60,7 @@ def plan_conv_pool(
     pool_tiles.why_separate says both beforehand.
     """
     tile = pool_tiles.choose_pooled(problem, pool, x.dtype, precision, gpu)
-    if reason := pool_tiles.why_invalid(tile, problem, pool, x.dtype, gpu):
+    if reason := pool_tiles.why_invalid(tile, problem, pool, x.dtype, precision, gpu):
         raise ValueError(f"convolution and max-pool cannot run as one kernel: {reason}")
     windows = (1, 1)
     if tile.formulation == "box":
