@@ -208,7 +208,7 @@ def read_function(function: Function, registers: int, stack_bytes: int) -> Machi
         loop_instructions=None if loop is None else len(loop.body),
         mma=dict(sorted(mma.items())),
         memory=count_memory(code),
-        serialised=loop is not None and waits and any(is_mma(i) for i in code),
+        serialised=waits,
         register_operand=any(takes_register(i) for i in code),
     )
 

@@ -125,7 +125,7 @@ def _runs_of(arguments: Mapping[str, Any]) -> Any:
     """The inner runs that a launch was planned with; None if it has others, which follow from its problem."""
     from tileconv.kernels.geometry import Runs
 
-    return Runs(arguments["RUN"], 0, arguments["ALIGN"], arguments["CLASSES"]) if "CLASSES" in arguments else None
+    return Runs(arguments["RUN"], 0, arguments["ALIGN"], True, arguments["CLASSES"]) if "CLASSES" in arguments else None
 
 
 def _shared(found: dict[int, tuple[Any, int, int]], needed: int) -> dict[int, tuple[Any, int, int]]:

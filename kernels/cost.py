@@ -183,9 +183,10 @@ def predict(
         shape = replace(shape, fetch=_fetch(problem, pass_, tile, read_type))
     shape = replace(shape, steps=shape.steps * products)
     stage = shape.stage_bytes(read_type.itemsize)
-    shared_tiles = 0 if tile.splits == 1 else shape.tiles if pass_ == "wgrad" or not tile.tail else tile.tail
-    narrow_tiles = min(tile.tail, shape.tiles) if tile.narrow else 0
-    whole_tiles = shape.tiles - min(shared_tiles, shape.tiles) - narrow_tiles
+    last_tiles = min(tile.tail, shape.tiles)
+    shared_tiles = 0 if tile.splits == 1 else shape.tiles if pass_ == "wgrad" or not tile.tail else last_tiles
+    narrow_tiles = last_tiles if tile.narrow else 0
+    whole_tiles = shape.tiles - shared_tiles - narrow_tiles
     partial = shape.rows * shape.columns * 4
     whole = shape.rows * shape.columns * item
     rate = _Rates(shape, tile, read_type, precision if products == 1 else "ieee", gpu)
@@ -201,7 +202,7 @@ def predict(
         threads_need = min(255, threads_need + 36)
     buffers = tile.num_stages - by_warps  # one stage is in registers there
     resident = max(1, occupancy(threads_need, stage * buffers, tile.num_warps, gpu))
-    shared_ctas = min(shared_tiles, shape.tiles) * tile.splits
+    shared_ctas = shared_tiles * tile.splits
     phases = [(rate, whole_tiles, shape.steps, whole), (rate, shared_ctas, shape.steps / tile.splits, partial)]
     if tile.narrow:
         few = replace(shape, rows=tile.narrow.rows)
@@ -215,7 +216,7 @@ def predict(
     written = sum(ctas * out for _, ctas, _, out in phases)
     finish = 0.0
     if shared_ctas:
-        moved = shared_ctas * partial + min(shared_tiles, shape.tiles) * whole
+        moved = shared_ctas * partial + shared_tiles * whole
         finish = LAUNCH_US + 1e6 * moved / (0.6 * gpu.l2 if moved < 40e6 else gpu.dram * DRAM_LOAD)
     least = problem.bytes_least(item)
     moved = least * products * read_type.itemsize // item  # parts are more than one pass's share of L2: each time anew
@@ -361,7 +362,7 @@ def _boxes_of_taps(
 def _runs_shape(problem: Conv2dProblem, pass_: str, tile: Tile, item: int, runs: Runs | None) -> _Shape:
     """A first layer's pass; steps of fprop go along the depth, those of wgrad along one row of outputs each."""
     assert runs is not None
-    classes = max(1, runs.classes)  # a program's images are all of one
+    classes = runs.classes  # a program's images are all of one
     images = -(-problem.N // classes)
     depth = problem.C * problem.R * runs.length
     row_tiles = -(-problem.K // tile.rows)

@@ -219,7 +219,7 @@ class Conv2dProblem:
             shift = align - math.gcd(align, images, channels, self.dilation[0] * rows)
             length = -(-(shift + self.S) // align) * align
             if found is None or 5 * length <= 4 * found.length:
-                found = Runs(length, 0, align, align // math.gcd(align, images))
+                found = Runs(length, 0, align, inner=True, classes=align // math.gcd(align, images))
         return found
 
     def _dgrad_part(self, row: Residue, column: Residue) -> DgradPart:
@@ -238,7 +238,7 @@ class Runs:
     """A row of a filter meets `length` neighbouring pixels of an image row, from `lead` pixels before the filter.
 
     With the lead every run starts at a multiple of `align` pixels; the length is a power of two, or the filter's.
-    Inner runs meet no pixel outside their row, and where one starts beside a multiple of `align` the filter has zeros
+    `inner` runs meet no pixel outside their row, and where one starts beside a multiple of `align` the filter has zeros
     before it: as many as follow from its channel and row and from the image's number modulo `classes`.  Their length is
     a multiple of `align`.
     """
@@ -246,11 +246,8 @@ class Runs:
     length: int
     lead: int
     align: int
-    classes: int = 0  # of inner runs
-
-    @property
-    def inner(self) -> bool:
-        return self.classes > 0
+    inner: bool = False
+    classes: int = 1
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,7 @@ def _split(problem: Conv2dProblem, tile: ConvTile, runs: Runs, gpu: GPU) -> list
     Programs of fewer than four warps are as many as make eight, so that no scheduler waits for a single warp's reads.
     """
     programs = -(-problem.K // tile.block_k) * -(-problem.C * problem.R * runs.length // tile.block_c)
-    classes = max(1, runs.classes)
-    programs *= -(-problem.Q // tile.pixels) * classes
-    most = max(1, problem.N * problem.P // classes // 8)
+    programs *= -(-problem.Q // tile.pixels) * runs.classes
+    most = max(1, problem.N * problem.P // runs.classes // 8)
     each = (1, 2, 4) if tile.num_warps >= 4 else (8 // tile.num_warps,)
     return [replace(tile, splits=min(most, max(1, waves * gpu.sms // programs))) for waves in each]

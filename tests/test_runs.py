@@ -197,12 +197,14 @@ def test_the_runs_of_a_problem():
 def test_the_inner_runs_of_a_problem():
     problem = Conv2dProblem(128, 3, 227, 227, 96, 11, 11, (4, 4))
     pitches = (3 * 227 * 227, 227 * 227, 227)
-    assert problem.inner_runs(2, "fprop", pitches) == Runs(12, 0, 2, 2), "13 elements from multiples of 4 would take 16"
-    assert problem.interleaved.inner_runs(2, "fprop", (3 * 227 * 227, 0, 681)) == Runs(36, 0, 4, 4), (
+    assert problem.inner_runs(2, "fprop", pitches) == Runs(12, 0, 2, True, 2), (
+        "13 elements from multiples of 4 would take 16"
+    )
+    assert problem.interleaved.inner_runs(2, "fprop", (3 * 227 * 227, 0, 681)) == Runs(36, 0, 4, True, 4), (
         "33, and up to 3 before them"
     )
     pitches_of_aligned = (3 * 227 * 228, 227 * 228, 228)
-    assert replace(problem, W=228).inner_runs(2, "fprop", pitches_of_aligned) == Runs(12, 0, 4, 1)
+    assert replace(problem, W=228).inner_runs(2, "fprop", pitches_of_aligned) == Runs(12, 0, 4, True, 1)
     assert problem.inner_runs(2, "fprop", pitches_of_aligned) is None, "a last load would pass the end of such a view"
     assert replace(problem, padding=((0, 0), (1, 0))).inner_runs(2, "fprop", pitches) is None
     assert replace(problem, W=226, padding=((0, 0), (0, 1))).inner_runs(2, "fprop", pitches) is None, (

@@ -151,7 +151,7 @@ def fprop_inner_runs(
     )  # fmt: skip
     poisoned = tl.max((acc != acc).to(tl.int32)) > 0
     finish(acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES, HAS_BIAS,
-            ACTIVATION, OUT, PIXELS, False)  # fmt: skip
+           ACTIVATION, OUT, PIXELS, False)  # fmt: skip
     # A zero of the filters times what lies beside a window is NaN where that is infinite or NaN: once more, without it.
     if poisoned:
         tl.debug_barrier()  # each thread reads what others wrote
@@ -161,7 +161,7 @@ def fprop_inner_runs(
                 S, RUN, ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, True,
             )  # fmt: skip
             finish(few, y, bias, some, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES,
-                    HAS_BIAS, ACTIVATION, OUT, FEW, True)  # fmt: skip
+                   HAS_BIAS, ACTIVATION, OUT, FEW, True)  # fmt: skip
 
 
 # As wgrad_runs; each program has the rows of one class's images.

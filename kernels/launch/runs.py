@@ -71,8 +71,7 @@ def plan_fprop(
     runs = _runs_of(problem, "fprop", x)
     tile = run_tiles.choose_runs(problem, "fprop", x.dtype, precision, gpu, batch_invariant, runs)
     depth = -(-_columns(problem, runs) // tile.block_c) * tile.block_c
-    classes = max(1, runs.classes)
-    matrix = scratch(torch.empty((classes, problem.K, depth), dtype=w.dtype, device=w.device))
+    matrix = scratch(torch.empty((runs.classes, problem.K, depth), dtype=w.dtype, device=w.device))
     arguments = _geometry(problem, runs, x) | {
         "w": matrix, "y": y, "bias": bias, **strides("y", y, "nkpq"), "DEPTH": depth, "HAS_BIAS": bias is not None,
         "ACTIVATION": activation, "PRECISION": precision, "ACC": accumulator(x.dtype), "OUT": TRITON_TYPE[y.dtype],
@@ -80,8 +79,8 @@ def plan_fprop(
     }  # fmt: skip
     if not runs.inner:
         arguments["LEAD"] = runs.lead
-    pixels = triton.cdiv(problem.N, classes) * problem.P * problem.Q
-    programs = classes * triton.cdiv(pixels, tile.pixels) * triton.cdiv(problem.K, tile.block_k)
+    pixels = triton.cdiv(problem.N, runs.classes) * problem.P * problem.Q
+    programs = runs.classes * triton.cdiv(pixels, tile.pixels) * triton.cdiv(problem.K, tile.block_k)
     kernel = inner_runs.fprop_inner_runs if runs.inner else device.fprop_runs
     first = _plan_filters(problem, runs, w, x, matrix, gpu)
     return [first, Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
@@ -96,9 +95,9 @@ def plan_wgrad(
     """
     runs = _runs_of(problem, "wgrad", x)
     tile = run_tiles.choose_runs(problem, "wgrad", x.dtype, precision, gpu, runs=runs)
-    columns, classes = _columns(problem, runs), max(1, runs.classes)
+    columns = _columns(problem, runs)
     slots = tile.splits * triton.cdiv(problem.Q, tile.pixels)
-    sizes = (slots, classes, problem.K, columns)
+    sizes = (slots, runs.classes, problem.K, columns)
     parts = scratch(torch.empty(sizes, dtype=layout.sum_dtype(x.dtype), device=x.device))
     sums = parts[0] if slots == 1 else scratch(torch.empty_like(parts[0]))
     arguments = _geometry(problem, runs, x) | {
@@ -106,14 +105,14 @@ def plan_wgrad(
         "ACC": accumulator(x.dtype), "INDEX": index_type(x, dy), "PIXELS": tile.pixels, "BLOCK_K": tile.block_k,
         "BLOCK_C": tile.block_c,
     }  # fmt: skip
-    programs = slots * classes * triton.cdiv(problem.K, tile.block_k) * triton.cdiv(columns, tile.block_c)
+    programs = slots * runs.classes * triton.cdiv(problem.K, tile.block_k) * triton.cdiv(columns, tile.block_c)
     kernel = inner_runs.wgrad_inner_runs if runs.inner else device.wgrad_runs
     launches = [Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     if slots > 1:
         launches.append(plan_add_slices(parts, sums, gpu=gpu))
     block = choose_elementwise(1, dw.numel(), dw.dtype, gpu)
     back = {
-        "sums": sums, "dw": dw.permute(0, 2, 3, 1), "SIZE": dw.numel(), "CLASSES": classes,
+        "sums": sums, "dw": dw.permute(0, 2, 3, 1), "SIZE": dw.numel(), "CLASSES": runs.classes,
         **_layout(problem, runs, x), "BLOCK": block.cols,
     }  # fmt: skip
     programs = triton.cdiv(dw.numel(), block.cols)
