@@ -29,7 +29,7 @@ def product_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
             inner = problem.in_aligned_rows
             moved, runs = [(problem.x_shape, inner.x_shape)], _contiguous_runs(inner, dtype)
         moved.append((problem.w_shape, problem.w_shape))
-    elif tiles.first_layer(problem, "fprop", dtype, gpu):
+    elif tiles.first_layer(problem, "fprop", dtype, "ieee", gpu):
         inner = problem.space_to_depth
         moved = [(problem.x_shape, inner.x_shape), (problem.w_shape, inner.w_shape)]
     elif padded.applies(problem, "fprop", dtype, "ieee", gpu):

@@ -161,7 +161,7 @@ def _problems(case: Case, products: Sequence[Any], gpu: Any) -> list[tuple[Any, 
         _, channels, _, width = products[0].arguments["x"].shape
         flat = problem.interleaved if channels != problem.C else problem
         return [(flat.widened(width), problem, pass_)]
-    if tiles.first_layer(problem, pass_, DTYPES[case.dtype], gpu):
+    if tiles.first_layer(problem, pass_, DTYPES[case.dtype], case.precision, gpu):
         return [(problem.space_to_depth, problem, pass_)]
     return [(problem, problem, pass_)]
 

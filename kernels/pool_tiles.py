@@ -63,7 +63,7 @@ def why_impossible(
         return f"precision={precision!r} multiplies parts of fp32, which the kernel that pools does not read"
     if dtype.itemsize > 2 and (dtype, precision) != (torch.float32, "tf32"):
         return f"products of {dtype} at precision={precision!r} do not run on tensor cores"
-    if tiles.first_layer(problem, "fprop", dtype, gpu):
+    if tiles.first_layer(problem, "fprop", dtype, precision, gpu):
         return "a first layer runs on blocks of its image, which the kernel that pools does not read"
     if not conv_tile.addressable(problem, "fprop", dtype):
         return f"a group's {problem.group_channels} channels of {dtype} are no multiple of 16 bytes"

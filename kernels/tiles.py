@@ -19,10 +19,16 @@ from tileconv.kernels.hardware import GPU
 BATCHES = (1, 8, 32, 128)  # what a choice that may not depend on the batch is weighed for
 
 
-def first_layer(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> bool:
-    """Whether a pass runs on problem.space_to_depth: few channels and a stride, so that no descriptor fits as it is."""
+def first_layer(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
+    """Whether a pass runs on problem.space_to_depth: few channels and a stride, so that no descriptor fits as it is.
+
+    Without tensor cores only where a formulation by descriptors is forced: arithmetic hides what pointers cost, and a
+    block's zeros are multiplied in full (docs/tried.md).
+    """
     few = problem.C <= 4 and max(problem.stride) > 1 and problem.dilation == (1, 1) and problem.groups == 1
-    if not few or pass_ == "dgrad" or forced().get("formulation") == "gather":
+    on_tensor_cores = dtype.itemsize == 2 or precision != "ieee"
+    formulation = forced().get("formulation", None if on_tensor_cores else "gather")
+    if not few or pass_ == "dgrad" or formulation == "gather":
         return False
     return gpu.has_descriptors and addressable(problem.space_to_depth, pass_, dtype)
 
@@ -31,9 +37,14 @@ def formulations(
     problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU, precision: str = "ieee"
 ) -> tuple[str, ...]:
     """The formulations that can run a pass, for tests and benchmarks that force each in turn."""
-    inner = problem.space_to_depth if first_layer(problem, pass_, dtype, gpu) else problem
-    tiles = {name: _choose(inner, pass_, dtype, precision, gpu, name) for name in FORMULATIONS}
-    return tuple(name for name, tile in tiles.items() if why_invalid(tile, inner, pass_, dtype, precision, gpu) is None)
+    found = []
+    for name in FORMULATIONS:
+        with override(formulation=name):
+            inner = problem.space_to_depth if first_layer(problem, pass_, dtype, precision, gpu) else problem
+        tile = _choose(inner, pass_, dtype, precision, gpu, name)
+        if why_invalid(tile, inner, pass_, dtype, precision, gpu) is None:
+            found.append(name)
+    return tuple(found)
 
 
 _overrides: list[dict[str, object]] = []

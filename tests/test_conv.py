@@ -345,13 +345,15 @@ def test_empty_batch_and_unbatched_input() -> None:
     torch.testing.assert_close(tk.conv2d(image, w, b), F.conv2d(image, w, b))
 
 
-def test_nan_and_infinity_go_where_torch_sends_them() -> None:
-    x = torch.randn(1, 16, 6, 6)
-    x[0, 3, 1, 1] = float("nan")
-    x[0, 4, 4, 4] = float("inf")
-    w = torch.randn(16, 16, 3, 3)
-    want = F.relu(F.conv2d(x, w, padding=1))
-    got = tk.conv2d(x, w, padding=1, activation="relu")
+@pytest.mark.parametrize(("channels", "stride"), [(16, 1), (3, 2)], ids=["3x3", "first layer"])
+def test_nan_and_infinity_go_where_torch_sends_them(channels: int, stride: int) -> None:
+    x = torch.randn(1, channels, 9, 9)
+    x[0, 1, 1, 1] = float("nan")
+    x[0, 2, 5, 6] = float("inf")
+    w = torch.randn(16, channels, 3, 3)
+    want = F.relu(F.conv2d(x, w, stride=stride, padding=1))
+    got = tk.conv2d(x, w, stride=stride, padding=1, activation="relu")
+    assert want.isnan().any() and want.isinf().any()
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.isinf(), want.isinf())
 

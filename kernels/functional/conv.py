@@ -42,8 +42,9 @@ def conv2d(
     batch_invariant: whether a sample's result and its input's gradient have the same bits in a batch of any size; None
     does as the surrounding functional.batch_invariant says, else no.
 
-    The result is channels_last if input or weight is, else contiguous.  A strided layer of up to four channels
-    multiplies pixels beside a filter's rows by zero: a NaN or an infinity there reaches that output too.
+    The result is channels_last if input or weight is, else contiguous.  A strided layer of up to four channels whose
+    image is regrouped in blocks (at "bf16x3" and "bf16x6", and of fp16 and bf16 at an odd stride along rows) multiplies
+    pixels beside a filter by zero: a NaN or an infinity there reaches that output too.
     """
     checks.choice("activation", activation, checks.ACTIVATIONS)
     batched = checks.image("input", input)

@@ -71,7 +71,7 @@ def plan_fprop(
             batch_invariant=batch_invariant, dropout=dropout,
         )  # fmt: skip
         return [*copy_x, *copy_w, *rest]
-    if tiles.first_layer(problem, "fprop", x.dtype, gpu):
+    if tiles.first_layer(problem, "fprop", x.dtype, precision, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
         w, filters_to_blocks = _filters_to_depth(problem, w, gpu)
         rest = plan_fprop(
@@ -157,7 +157,7 @@ def plan_wgrad(
     if first := runs.prepare(problem, "wgrad", x, precision, gpu=gpu):
         rows, image, before = first
         return before + runs.plan_wgrad(rows, dy, image, dw, gpu=gpu, precision=precision)
-    if tiles.first_layer(problem, "wgrad", x.dtype, gpu):
+    if tiles.first_layer(problem, "wgrad", x.dtype, precision, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
         blocked = scratch(layout.empty_image(blocks.w_shape, dw, channels_last=True))
         last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
