@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -332,22 +332,44 @@ def _gather_gradient_tiles(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU)
     ]
 
 
+# (pixels, filters, depth of a step, warps): 64 sums a thread, for each of which a step has 1.12 to 1.16 instructions a
+# product; with 32 it is 1.25.  No more than 32 fit beside the addresses of elements that come one by one.
+_SCALAR = ((64, 64, 16, 2), (128, 64, 16, 4), (64, 128, 16, 4), (128, 128, 16, 8))
+_SCALAR_BOXES = (*_SCALAR, (128, 64, 32, 4), (128, 128, 32, 8))
+_SCALAR_NARROW = ((64, 64, 16, 4),)
+# (pixels of a step, filters, channels, warps)
+_SCALAR_WGRAD = (
+    (16, 32, 32, 4), (16, 64, 64, 4), (32, 64, 64, 4), (16, 64, 128, 4), (16, 128, 64, 4), (16, 128, 128, 8),
+    (32, 128, 128, 8),
+)  # fmt: skip
+
+
 def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     """fp64, and fp32 at its own precision: registers, not tensor cores, set the size."""
-    size = 32 if dtype == torch.float64 else 64
-    flat = pass_ == "wgrad" or problem.group_channels < 16
-    if pass_ == "wgrad":
-        gather = ConvTile("gather", (16, 1, 1), 32, 32, 4, 2, flat=True)
-        found = [replace(gather, splits=splits) for splits in _splits(problem, gather, gpu)]
-    else:
-        found = [ConvTile("gather", (size, 1, 1), size, 16, 4, 2, flat=flat)]
-    if not gpu.has_descriptors or not addressable(problem, pass_, dtype):
-        return found
-    depth, block_c = (16, 32) if pass_ == "wgrad" else (64, 16)
-    for box in _boxes(problem, depth):
-        formulation = "pixel" if box[1:] == (1, 1) else "box"
-        tile = ConvTile(formulation, box, 32 if pass_ == "wgrad" else 64, block_c, 4, 2)
-        found += (
-            [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)] if pass_ == "wgrad" else [tile]
-        )
-    return found
+    wide = problem.group_channels * dtype.itemsize % 16 == 0 and problem.group_filters * dtype.itemsize % 8 == 0
+    wgrad = pass_ == "wgrad"
+    by_pointers: Sequence[tuple[int, int, int, int]] = _SCALAR_WGRAD if wgrad else _SCALAR
+    by_boxes: Sequence[tuple[int, int, int, int]] = _SCALAR_WGRAD if wgrad else _SCALAR_BOXES
+    if not wgrad and not wide:
+        by_pointers = _SCALAR_NARROW
+    if dtype == torch.float64:
+        by_pointers = ((16, 32, 32, 4),) if wgrad else ((32, 32, 16, 4),)
+    found = [
+        ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, 2, flat=wgrad or problem.group_channels < 16)
+        for pixels, block_k, block_c, warps in by_pointers
+    ]
+    if gpu.arch // 10 == 10:  # compiled for sm_100 these spill 8 bytes
+        by_boxes = [size for size in by_boxes if size not in ((64, 128, 16, 4), (128, 128, 16, 8), (32, 64, 64, 4))]
+    if gpu.has_descriptors and addressable(problem, pass_, dtype):
+        found += [
+            ConvTile("pixel" if box[1:] == (1, 1) else "box", box, block_k, block_c, warps, 2)
+            for pixels, block_k, block_c, warps in by_boxes
+            for box in _boxes(problem, pixels)
+            # The pixels of a box pass registers on their way into a filter gradient: more sums spill 328 bytes and up.
+            if not wgrad or box[1:] == (1, 1) or pixels * block_k * block_c <= 65_536
+        ]
+    found = [tile for tile in found if tile.block_k <= max(64, power_of_two(problem.group_filters))]
+    if wgrad:
+        return [replace(tile, splits=splits) for tile in found for splits in _splits(problem, tile, gpu)]
+    shared = [one for tile in found if tile.formulation != "gather" for one in _shared_depth(problem, tile, gpu)]
+    return found + shared
