@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
-import tomllib
 from pathlib import Path
+
+from tileconv.model.version import own_version
 
 from .records import Commit, Device, Machine, Versions, slug
 
@@ -46,15 +46,6 @@ def versions() -> Versions:
         cudnn=None if cudnn is None else str(cudnn),
         driver=_driver() if torch.cuda.is_available() else None,
     )
-
-
-def own_version() -> str:
-    """This package's version: as installed, or as a checkout that is only on the path says."""
-    try:
-        return importlib.metadata.version("tileconv")
-    except importlib.metadata.PackageNotFoundError:
-        project = Path(__file__).resolve().parent.parent / "pyproject.toml"
-        return str(tomllib.loads(project.read_text())["project"]["version"]) if project.exists() else "unknown"
 
 
 def machine() -> Machine:

@@ -554,8 +554,9 @@ def test_workers_answer_in_order_and_survive_a_crash(tmp_path: Path):
     (tmp_path / "probe_worker.py").write_text(WORKER)
     todo = [{"do": "ok", "value": i} for i in range(5)] + [{"do": "raise"}, {"do": "die"}, {"do": "ok", "value": 9}]
     answers = run_tasks(
-        "probe_worker", todo, jobs=2, environment={"PYTHONPATH": str(tmp_path)}, label=lambda task: task["do"]
-    )
+        "probe_worker", todo, jobs=2, label=lambda task: task["do"],
+        environment={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+    )  # fmt: skip
     assert [a.get("value") for a in answers] == [0, 2, 4, 6, 8, None, None, 18]
     assert answers[5]["error"] == "ValueError: in file.py: bad", "no path of this machine"
     assert "status 7" in answers[6]["error"]

@@ -5,15 +5,19 @@ Tensors lie on the CPU and our kernels run in the interpreter, so layers are sma
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import math
+import platform
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+import triton
 from torch import nn
 from typer.testing import CliRunner
 
@@ -38,6 +42,7 @@ from tileconv.bench.networks import Shape
 from tileconv.bench.providers import Provider
 from tileconv.bench.records import Device
 from tileconv.bench.timing import CudaTimer, GraphError, Quantiles
+from tileconv.model import version
 
 POOL = Case("alexnet", "pool5", "forward", 2, "fp32")
 CONV = Case("alexnet", "conv5", "fprop", 2, "fp32")
@@ -1045,8 +1050,12 @@ def test_the_gpu_path_needs_no_more_than_a_lent_machine_has():
 
 def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
     def unknown(name):
-        raise environment.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    installed = environment.own_version()
-    monkeypatch.setattr(environment.importlib.metadata, "version", unknown)
-    assert environment.own_version() == installed
+    installed = version.own_version()
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    assert version.own_version() == installed
+    assert version.versions() == {  # which `tileconv train` needs when an epoch is over
+        "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
+        "numpy": numpy.__version__, "tileconv": installed,
+    }  # fmt: skip
