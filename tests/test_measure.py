@@ -689,7 +689,9 @@ def test_a_lost_gpu_ends_the_run_with_its_culprit_named(cuda):
 
 
 def test_a_first_call_and_its_errors(cuda, monkeypatch):
-    assert warm.first_call(POOL.to_json(), "cpu")["first_call_ms"] > 0
+    loss = Case("layers", "cross_entropy", "backward", 2, "fp32")  # whose gradient has no first image
+    for case in (POOL, loss):
+        assert warm.first_call(case.to_json(), "cpu")["first_call_ms"] > 0
     monkeypatch.setattr(warm, "work", lambda *a: (_ for _ in ()).throw(RuntimeError("broken")))
     assert warm.first_call(POOL.to_json(), "cpu") == {"failed": "RuntimeError: broken"}
 
