@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tileconv.bench import cache, cases, inspect, networks, peers, targets
 from tileconv.bench.machine_code import (
@@ -487,6 +488,11 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("pass_", "grid"), [("fprop", (169, 3, 1)), ("dgrad", (169, 2, 1)), ("wgrad", (14, 3, 1))])
 def test_peers_are_rendered_from_the_installed_torch(pass_, grid):
     config = SimpleNamespace(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
+    if not peers.has_template(pass_):  # torch 2.11 has one forward, 2.13 has all
+        assert pass_ != "fprop" and torch.__version__ < "2.13"
+        with pytest.raises(ValueError, match=f"no Triton template for {pass_}: Inductor calls cuDNN"):
+            peers.render(cases.Case("alexnet", "conv3", pass_, 128, "fp16"), config)
+        return
     source, found = peers.render(cases.Case("alexnet", "conv3", pass_, 128, "fp16"), config)
     assert found == grid
     [kernel] = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
