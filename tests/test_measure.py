@@ -1032,7 +1032,7 @@ def unknown(name):
     raise importlib.metadata.PackageNotFoundError(name)
 importlib.metadata.version = unknown
 import tileconv.kernels
-from tileconv.bench import check, cli, clocks, environment, job, measure, memory, passes, providers, selftest
+from tileconv.bench import check, cli, clocks, environment, job, measure, memory, passes, providers, selftest, whole
 assert environment.versions().tileconv[0].isdigit()
 assert clocks.open_gauge()[0] is None
 task = {"batch": 2, "dtype": "fp32", "layer": "pool5", "formulation": "chosen", "memory_format": "channels_last"}
@@ -1040,6 +1040,9 @@ row = check.run_check(task)
 assert row["passed"], row
 assert "smooth noise" in row["note"], row
 assert memory.images(2)[0].shape == (2, 3, 224, 224)
+for name in ("lenet", "alexnet"):
+    row = whole.run_check({"network": name, "op": "training step", "dtype": "fp16", "batch": 2})
+    assert row["passed"] and "smooth noise" in row["note"], row
 """
 
 
