@@ -9,7 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tileconv.bench import cases, cli, selftest, workers
+import tileconv.kernels
+from tileconv.bench import cases, cli, environment, selftest, workers
 from tileconv.bench.cli import app
 from tileconv.bench.selftest import Test as Trial
 from tileconv.kernels import conv_candidates, conv_tile, excluded, hardware, pool_tiles, run_tiles, tiles
@@ -142,6 +143,19 @@ def answering(monkeypatch, answers):
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(hardware, "interpreting", lambda: False)
     monkeypatch.setattr(hardware, "gpu_of", lambda device: H100)
+    monkeypatch.setattr(environment, "require_launches", lambda: None)
+
+
+def test_nothing_is_excluded_where_nothing_can_be_launched(file, monkeypatch):
+    def broken(x):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(tileconv.kernels, "relu", broken)
+    monkeypatch.setattr(hardware, "interpreting", lambda: False)
+    monkeypatch.setattr(torch, "ones", lambda *a, **k: None)
+    with pytest.raises(ValueError, match=r"no kernel can be launched here: .*find C compiler.*Python's headers"):
+        selftest.run_selftest(dtypes=["fp16"])
+    assert not file.exists()
 
 
 def test_what_fails_is_never_chosen_again(file, monkeypatch):
