@@ -216,8 +216,8 @@ def pooled(file):
         file.write_text(json.dumps([an_entry(tile=str(name)) for name in names]))
         forget()
 
-    problem = Conv2dProblem(128, 128, 112, 112, 128, 3, 3, padding=((1, 1), (1, 1)))
-    pool = Pool2dProblem(128, 128, 112, 112, (2, 2), (2, 2))
+    problem = Conv2dProblem(128, 64, 112, 112, 64, 3, 3, padding=((1, 1), (1, 1)))
+    pool = Pool2dProblem(128, 64, 112, 112, (2, 2), (2, 2))
     forget()
     yield (problem, pool, torch.float16), exclude
     forget()
