@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from tileconv.bench import inspect
 from tileconv.kernels import hardware
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv
+from tileconv.kernels.ops import registry
 
 # Calls on CPU tensors as if a GPU were there. Triton's own JITFunction.run binds and specialises the arguments, and
 # would now compile: that step says what it was given instead.
@@ -83,6 +86,29 @@ def test_calls_launch_what_is_inspected(tmp_path: Path) -> None:
         if (layer, pass_) not in TRAINS and launched != planned:
             apart.append((layer, pass_, arch, launched, planned))
     assert apart == []
+
+
+def test_kernels_run_on_the_gpu_that_their_tensors_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current one."""
+    current = [0]
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    call = registry.on_its_gpu(lambda scale, x: (current[-1], scale))
+    assert call(2.0, torch.empty(1).as_subclass(Elsewhere)) == (1, 2.0)
+    assert current == [0]
+    current.append(1)
+    monkeypatch.setattr(torch.cuda, "device", None)
+    assert call(3.0, torch.empty(1).as_subclass(Elsewhere)) == (1, 3.0), "at no cost where it is the current one"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
