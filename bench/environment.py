@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
-import tomllib
 from pathlib import Path
 
+from tileconv.model.version import own_version
+
 from .records import Commit, Device, Machine, Versions, slug
+from .workers import describe_error
 
 
 def device() -> Device:
@@ -22,6 +23,25 @@ def device() -> Device:
         name = torch.cuda.get_device_name()
         return Device(name, "cuda", slug(name))
     return Device("Triton's interpreter on a CPU", "interpreter", "interpreter")
+
+
+def require_launches() -> None:
+    """Launch one small kernel on the GPU. Raises ValueError, naming what Triton needs, where that fails.
+
+    For the beginning of a run: it would otherwise find every kernel broken, one after the other.
+    """
+    import torch
+
+    from tileconv.kernels import hardware, relu
+
+    try:
+        relu(torch.ones(16, device="cpu" if hardware.interpreting() else "cuda"))
+        torch.cuda.synchronize()
+    except Exception as error:  # Triton raises whatever its driver, a C compiler or a loader does
+        raise ValueError(
+            f"no kernel can be launched here: {describe_error(error)[:200]}. Triton needs NVIDIA's driver, and builds "
+            "a launcher for each kernel with a C compiler (gcc, clang or $CC) and Python's headers"
+        ) from error
 
 
 def no_device(name: str) -> Device:
@@ -46,15 +66,6 @@ def versions() -> Versions:
         cudnn=None if cudnn is None else str(cudnn),
         driver=_driver() if torch.cuda.is_available() else None,
     )
-
-
-def own_version() -> str:
-    """This package's version: as installed, or as a checkout that is only on the path says."""
-    try:
-        return importlib.metadata.version("tileconv")
-    except importlib.metadata.PackageNotFoundError:
-        project = Path(__file__).resolve().parent.parent / "pyproject.toml"
-        return str(tomllib.loads(project.read_text())["project"]["version"]) if project.exists() else "unknown"
 
 
 def machine() -> Machine:

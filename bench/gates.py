@@ -11,7 +11,7 @@ import torch
 from .cases import Case
 from .check import budget, largest_difference
 from .networks import Shape
-from .passes import OVER_BATCH, RANDOM, Call, Tensors, first_image, placed, work
+from .passes import RANDOM, Call, Tensors, first_image, placed, stands_alone, work
 from .records import finite
 
 Make = Callable[[Tensors], Call]
@@ -105,8 +105,7 @@ def _of_own_mask(result: torch.Tensor, t: Tensors, case: Case, shape: Shape) -> 
 
 def _alone(make: Make, first: torch.Tensor, t: Tensors, case: Case, shape: Shape) -> tuple[bool | None, float]:
     """Whether the first image alone gives the same bits, and how far apart the two are."""
-    summed = case.pass_ in ("wgrad", "step") or (case.pass_ == "backward" and "w" in t)
-    if summed or shape.op in (*OVER_BATCH, *RANDOM) or t["x"].shape[0] < 2 or first.shape[:1] != t["x"].shape[:1]:
+    if not stands_alone(case, shape, t) or first.shape[:1] != t["x"].shape[:1]:
         return None, 0.0
     alone = make(first_image(t))()
     return _same_bits(alone, first[:1]), largest_difference(alone, first[:1])

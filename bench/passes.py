@@ -357,5 +357,11 @@ def first_image(t: Tensors) -> Tensors:
     return {name: value if name in ("w", "b") else value[:1] for name, value in t.items()}
 
 
+def stands_alone(case: Case, shape: Shape, t: Tensors) -> bool:
+    """Whether the first image alone has a result to compare: sums over the images have none, and what is drawn."""
+    summed = case.pass_ in ("wgrad", "step") or (case.pass_ == "backward" and "w" in t)
+    return not summed and shape.op not in (*OVER_BATCH, *RANDOM) and t["x"].shape[0] >= 2
+
+
 def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else [*value]

@@ -37,14 +37,20 @@ def peer_cases(cases: Sequence[Case]) -> list[Case]:
     return [c for c in cases if c.pass_ in NAMES and shape_of(c).op == "conv2d" and c.dtype in ("fp16", "bf16", "tf32")]
 
 
+def has_template(pass_: str) -> bool:
+    """Whether the installed torch's Inductor has a Triton convolution for a pass."""
+    from torch._inductor.kernel import conv
+
+    return hasattr(conv, NAMES[pass_])
+
+
 def template(pass_: str) -> Any:
     """Inductor's template for a pass. Raises ValueError where the installed torch has none: it then calls cuDNN."""
     from torch._inductor.kernel import conv
 
-    found = getattr(conv, NAMES[pass_], None)
-    if found is None:
+    if not has_template(pass_):
         raise ValueError(f"torch {torch.__version__} has no Triton template for {pass_}: Inductor calls cuDNN there")
-    return found
+    return getattr(conv, NAMES[pass_])
 
 
 def render(case: Case, config: Any) -> tuple[str, tuple[int, ...]]:

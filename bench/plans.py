@@ -29,6 +29,17 @@ class Setting:
         images = torch.channels_last if len(extents) == 4 else torch.contiguous_format
         return torch.empty(extents, dtype=dtype or self.dtype, device="meta", memory_format=images)
 
+    def operand(self, op: str, extents: tuple[int, ...]) -> torch.Tensor:
+        """What a convolution takes for an operand of `op`: linear and conv1d bring no image, and make one of theirs.
+
+        What they lack is an axis of one element, whose pitch the compiler specialises a kernel for like any other.
+        """
+        if op == "linear":
+            return self.empty(*extents[:2])[:, :, None, None]
+        if op == "conv1d":
+            return self.empty(extents[0], extents[1], extents[3]).unsqueeze(-2)
+        return self.empty(*extents)
+
 
 def plan(shape: Shape, pass_: str, setting: Setting) -> list[Any]:
     """The launches of a pass that the layer has (cases.passes_of)."""
@@ -71,7 +82,7 @@ def _conv(shape: Shape, pass_: str, s: Setting) -> list[Any]:
     from tileconv.kernels.launch import conv
 
     problem = conv_problem(shape)
-    x, w, y = (s.empty(*extents) for extents in (problem.x_shape, problem.w_shape, problem.y_shape))
+    x, w, y = (s.operand(shape.op, extents) for extents in (problem.x_shape, problem.w_shape, problem.y_shape))
     if shape.reads_image:
         x = x.contiguous()
     planned: list[Any]
@@ -283,6 +294,8 @@ def _unfold(shape: Shape, pass_: str, s: Setting) -> list[Any]:
 
     problem = conv_problem(shape)
     image, cols = s.empty(*problem.x_shape), s.empty(problem.N, *problem.im2col_shape)
+    if shape.op == "fold" and pass_ == "forward":
+        image = image.contiguous()  # columns have no layout that it could follow
     if (shape.op == "unfold") == (pass_ == "forward"):
         return [unfold.plan_unfold(problem, image, cols, gpu=s.gpu)]
     return [unfold.plan_fold(problem, cols, image, gpu=s.gpu)]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import environment
 from .cases import DEFAULT_DTYPES, DTYPES, Case, cases, conv_problem, passes_of, shape_of
 from .check import budget, largest_difference
 from .networks import Shape, known
@@ -227,6 +228,8 @@ def run_selftest(
         raise ValueError(f"minutes={minutes:g} must be more than 0")
     deadline = time.monotonic() + 60 * minutes
     rehearsal = hardware.interpreting()
+    if not rehearsal:
+        environment.require_launches()  # or every tile would fail, and be excluded
     gpu = hardware.GPUS["H100"] if rehearsal else hardware.gpu_of(torch.device("cuda"))
     todo = tests(dtypes or DEFAULT_DTYPES, gpu)
     if rehearsal:

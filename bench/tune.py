@@ -23,6 +23,7 @@ from tileconv.kernels.launch import conv as launch_conv
 from tileconv.kernels.launch import depthwise
 from tileconv.model.command import fail
 
+from . import environment
 from .cases import DTYPES, Case, cases, conv_problem, shape_of
 from .check import budget, largest_difference
 from .networks import Shape
@@ -246,6 +247,7 @@ def tune(
     try:
         if not hardware.has_gpu() or hardware.interpreting():
             raise ValueError("tune needs a CUDA GPU, and there is none here: nothing was timed, nothing was written")
+        environment.require_launches()
         path, before = _table(out)
         gpu = hardware.gpu_of(torch.device("cuda"))
         asked = cases(suite, batch, dtype or ["fp16"], pass_ or conv_tile.PASSES, layer or ())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .cases import Case, shape_of
-from .passes import first_image, operands, placed, work
+from .passes import first_image, operands, placed, stands_alone, work
 from .providers import SEARCHED
 from .workers import Answer, Progress, Task, describe_error, run_tasks, serve
 
@@ -56,7 +56,7 @@ def first_call(task: Task, device: str) -> dict[str, Any]:
             call()
             torch.cuda.synchronize()
             milliseconds = (time.perf_counter() - start) * 1e3
-            if case.pass_ not in ("wgrad", "step"):
+            if stands_alone(case, shape, t):
                 work("ours", case, shape, first_image(t))()
                 torch.cuda.synchronize()
     except Exception as error:

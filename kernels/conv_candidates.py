@@ -110,8 +110,9 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
             continue
         if half and (odd or pixels not in (128, 256)):
             continue
-        # For sm_120, whose products take registers, half a box more spills 224 bytes and up, 2 x 128 filters 160.
-        if gpu.arch >= 120 and (half or (shift and block_k > 64)):
+        # For sm_120, whose products take registers, half a box more spills 224 bytes and up, 2 x 128 filters 160, in
+        # Triton 3.6 also 128 + 64 filters, 64 to 80.
+        if gpu.arch >= 120 and (half or (shift and block_k > 64) or (block_k2 and triton_version() < (3, 7))):
             continue
         if dtype.itemsize * block_k * pixels > gpu.shared_block:  # outputs on their way out
             continue

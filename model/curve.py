@@ -21,7 +21,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
     import torch
 
     from tileconv.kernels import hardware
-    from tileconv.model.training import versions
+    from tileconv.model.version import versions
 
     interprets = hardware.interpreting()
     seconds = "interpreter_wall_seconds" if interprets else "wall_seconds"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import platform
 import random
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from tileconv.model import datasets
 from tileconv.model.datasets import Data, Images, Key
+from tileconv.model.version import versions
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = "tileconv training checkpoint 1"
@@ -361,14 +361,6 @@ def schedule(name: str, step: int, total: int) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what shapes a run's numbers."""
-    import importlib.metadata
-
-    names = ("torch", "triton", "numpy", "tileconv")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def write_report(run: Run, folder: Path) -> Path:
 
     from tileconv.kernels import hardware
     from tileconv.model.curve import write
-    from tileconv.model.training import versions
+    from tileconv.model.version import versions
 
     by_hand = handmade()
     stages = by_hand.stages(torch.stack([picture(X_PICTURE), picture(O_PICTURE)]))

@@ -20,6 +20,8 @@ def test_conv_extents_are_torchs() -> None:
         try:
             want = F.conv2d(x, w, None, stride, (padding, 0), dilation).shape
         except RuntimeError:
+            want = torch.Size()
+        if 0 in want or not want:  # what torch 2.13 refuses, 2.11 refuses on real tensors alone and calls empty here
             with pytest.raises(ValueError, match="too small"):
                 Conv2dProblem(1, 1, extent, extent + 1, 1, window, 1, (stride, stride), sides, (dilation, dilation))
             continue

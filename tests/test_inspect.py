@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tileconv.bench import cache, cases, inspect, networks, peers, targets
 from tileconv.bench.machine_code import (
@@ -487,6 +488,11 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("pass_", "grid"), [("fprop", (169, 3, 1)), ("dgrad", (169, 2, 1)), ("wgrad", (14, 3, 1))])
 def test_peers_are_rendered_from_the_installed_torch(pass_, grid):
     config = SimpleNamespace(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
+    if not peers.has_template(pass_):  # torch 2.11 has one forward, 2.13 has all
+        assert pass_ != "fprop" and torch.__version__ < "2.13"
+        with pytest.raises(ValueError, match=f"no Triton template for {pass_}: Inductor calls cuDNN"):
+            peers.render(cases.Case("alexnet", "conv3", pass_, 128, "fp16"), config)
+        return
     source, found = peers.render(cases.Case("alexnet", "conv3", pass_, 128, "fp16"), config)
     assert found == grid
     [kernel] = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
@@ -554,8 +560,9 @@ def test_workers_answer_in_order_and_survive_a_crash(tmp_path: Path):
     (tmp_path / "probe_worker.py").write_text(WORKER)
     todo = [{"do": "ok", "value": i} for i in range(5)] + [{"do": "raise"}, {"do": "die"}, {"do": "ok", "value": 9}]
     answers = run_tasks(
-        "probe_worker", todo, jobs=2, environment={"PYTHONPATH": str(tmp_path)}, label=lambda task: task["do"]
-    )
+        "probe_worker", todo, jobs=2, label=lambda task: task["do"],
+        environment={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+    )  # fmt: skip
     assert [a.get("value") for a in answers] == [0, 2, 4, 6, 8, None, None, 18]
     assert answers[5]["error"] == "ValueError: in file.py: bad", "no path of this machine"
     assert "status 7" in answers[6]["error"]

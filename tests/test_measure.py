@@ -5,18 +5,23 @@ Tensors lie on the CPU and our kernels run in the interpreter, so layers are sma
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import math
+import platform
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+import triton
 from torch import nn
 from typer.testing import CliRunner
 
+import tileconv.kernels
 from tileconv.bench import (
     check,
     clocks,
@@ -38,6 +43,7 @@ from tileconv.bench.networks import Shape
 from tileconv.bench.providers import Provider
 from tileconv.bench.records import Device
 from tileconv.bench.timing import CudaTimer, GraphError, Quantiles
+from tileconv.model import version
 
 POOL = Case("alexnet", "pool5", "forward", 2, "fp32")
 CONV = Case("alexnet", "conv5", "fprop", 2, "fp32")
@@ -684,7 +690,9 @@ def test_a_lost_gpu_ends_the_run_with_its_culprit_named(cuda):
 
 
 def test_a_first_call_and_its_errors(cuda, monkeypatch):
-    assert warm.first_call(POOL.to_json(), "cpu")["first_call_ms"] > 0
+    loss = Case("layers", "cross_entropy", "backward", 2, "fp32")  # whose gradient has no first image
+    for case in (POOL, loss):
+        assert warm.first_call(case.to_json(), "cpu")["first_call_ms"] > 0
     monkeypatch.setattr(warm, "work", lambda *a: (_ for _ in ()).throw(RuntimeError("broken")))
     assert warm.first_call(POOL.to_json(), "cpu") == {"failed": "RuntimeError: broken"}
 
@@ -784,6 +792,16 @@ def test_the_report_calls_noise_noise(tmp_path):
     for row, said in ((check, "smooth noise (scikit-image"), (A_CHECK, "real photographs")):
         report.render_report(dataclasses.replace(base, checks=(row,), inspections=()), tmp_path)
         assert said in (tmp_path / "interpreter.md").read_text()
+
+
+def test_what_cannot_launch_is_said_before_anything_is_checked(gpu_job, tmp_path, monkeypatch):
+    def broken(x):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr(tileconv.kernels, "relu", broken)
+    result = gpu_job(tmp_path)
+    assert result.exit_code == 2 and gpu_job.seen.checked == 0
+    assert "no kernel can be launched here: RuntimeError: Failed to find C compiler" in result.output
 
 
 def test_a_missing_library_is_said_once(gpu_job, tmp_path, monkeypatch):
@@ -1025,7 +1043,7 @@ def unknown(name):
     raise importlib.metadata.PackageNotFoundError(name)
 importlib.metadata.version = unknown
 import tileconv.kernels
-from tileconv.bench import check, cli, clocks, environment, job, measure, memory, passes, providers, selftest
+from tileconv.bench import check, cli, clocks, environment, job, measure, memory, passes, providers, selftest, whole
 assert environment.versions().tileconv[0].isdigit()
 assert clocks.open_gauge()[0] is None
 task = {"batch": 2, "dtype": "fp32", "layer": "pool5", "formulation": "chosen", "memory_format": "channels_last"}
@@ -1033,6 +1051,9 @@ row = check.run_check(task)
 assert row["passed"], row
 assert "smooth noise" in row["note"], row
 assert memory.images(2)[0].shape == (2, 3, 224, 224)
+assert "smooth noise" in whole.pictures("alexnet", 2, 96)[2]
+row = whole.run_check({"network": "lenet", "op": "training step", "dtype": "fp16", "batch": 2})
+assert row["passed"] and "smooth noise" in row["note"], row
 """
 
 
@@ -1045,8 +1066,12 @@ def test_the_gpu_path_needs_no_more_than_a_lent_machine_has():
 
 def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
     def unknown(name):
-        raise environment.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    installed = environment.own_version()
-    monkeypatch.setattr(environment.importlib.metadata, "version", unknown)
-    assert environment.own_version() == installed
+    installed = version.own_version()
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    assert version.own_version() == installed
+    assert version.versions() == {  # which `tileconv train` needs when an epoch is over
+        "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
+        "numpy": numpy.__version__, "tileconv": installed,
+    }  # fmt: skip

@@ -118,15 +118,18 @@ def test_flaggems_kernels_are_compiled_where_it_is_installed(package: Path, monk
 @pytest.mark.slow
 def test_ours_are_ahead_of_inductors_on_modelled_time() -> None:
     # Of AlexNet's 14 those where the peer comes nearest, and one backward pass; each costs 8 s of compiling.
-    todo = [
-        Case("alexnet", *which, 128, "fp16") for which in (("conv3", "fprop"), ("conv5", "fprop"), ("conv5", "dgrad"))
-    ]
+    chosen = [("conv3", "fprop"), ("conv5", "fprop"), ("conv5", "dgrad")]
+    todo = [Case("alexnet", *which, 128, "fp16") for which in chosen]
     ours = {
         c.first.case: c
         for c in case_sums(from_data(Inspection, r, "row") for r in inspect.inspect_all(todo, ["sm_90"]))
     }
     theirs = [from_data(Inspection, row, "row") for row in peers.inspect_peers(todo, ["sm_90"])]
-    assert len([row for row in theirs if row.kernel.startswith("Inductor")]) == len(todo) == 3
+    # Torch 2.11 has no backward template: its row says so, and there is nothing to be ahead of.
+    none = [row for row in theirs if "Inductor calls cuDNN there" in (row.failure or "")]
+    assert [row.pass_ for row in none] == ([] if peers.has_template("dgrad") else ["dgrad"])
+    theirs = [row for row in theirs if row not in none]
+    assert len([row for row in theirs if row.kernel.startswith("Inductor")]) == len(todo) - len(none) >= 2
     behind = []
     for row in theirs:
         mine = ours[row.case].modelled_us

@@ -17,6 +17,7 @@ from tileconv.kernels import cost, hardware, run_tiles, tiles
 from tileconv.kernels.geometry import Conv2dProblem, Runs
 from tileconv.kernels.launch import conv, plans, runs
 
+BEFORE_3_7 = hardware.triton_version() < (3, 7)
 # name: x, w, arguments of conv2d
 LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "11x11 s4": ((2, 3, 31, 32), (20, 3, 11, 11), {"stride": 4, "padding": 2}),
@@ -240,7 +241,8 @@ def test_runs_are_modelled_faster_than_a_rewritten_image():
         assert times[0] < times[1], "and the rewriting is not even counted"
 
 
-@pytest.mark.parametrize(("pass_", "limit"), [("fprop", 2.0), ("wgrad", 2.5)])
+# Triton 3.6 gets smaller blocks of filter gradients: it makes the products of the largest wait.
+@pytest.mark.parametrize(("pass_", "limit"), [("fprop", 2.0), ("wgrad", 2.7 if BEFORE_3_7 else 2.5)])
 def test_rows_that_start_anywhere_are_modelled_without_a_copy(pass_, limit):
     case, gpu = Case("alexnet-2012", "conv1", pass_, 128, "fp16"), hardware.GPUS["H100"]
     rows = predictions.predictions(case, launches(case, gpu), gpu)
@@ -250,7 +252,6 @@ def test_rows_that_start_anywhere_are_modelled_without_a_copy(pass_, limit):
     assert sum(times) + cost.streaming_us(2 * image, gpu) > limit * floor, "the limit leaves no room for a copy"
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "suites"), [("sm_80", ["alexnet"]), ("sm_90", ["alexnet", "alexnet-2012"])])
 def test_compiled(arch, suites):
@@ -266,7 +267,9 @@ def test_compiled(arch, suites):
         loads = row["loop_loads"]
         if row["dtype"] == "tf32":
             assert row["mma"] == "HMMA.1688.F32.TF32"
-            assert loads.keys() == {"LDGSTS.128", "LDGSTS.32", "LDS.32"}
+            # Triton 3.6 gets tiles of two warps, whose gradients come by ldmatrix.
+            assert loads.keys() - ({"LDSM.128"} if BEFORE_3_7 else set()) == {"LDGSTS.128", "LDGSTS.32", "LDS.32"}
+            assert loads.get("LDSM.128", 0) <= row["loop_mma"] / 8
             assert loads["LDS.32"] <= 1.1 * row["loop_mma"], "a warp makes 64 x 64"
             continue
         pixels, count = ("LDGSTS.32", (16, 32)) if "inner" in row["kernel"] else ("LDGSTS.64", (8, 16))

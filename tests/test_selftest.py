@@ -9,7 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tileconv.bench import cases, cli, selftest, workers
+import tileconv.kernels
+from tileconv.bench import cases, cli, environment, selftest, workers
 from tileconv.bench.cli import app
 from tileconv.bench.selftest import Test as Trial
 from tileconv.kernels import conv_candidates, conv_tile, excluded, hardware, pool_tiles, run_tiles, tiles
@@ -142,6 +143,19 @@ def answering(monkeypatch, answers):
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(hardware, "interpreting", lambda: False)
     monkeypatch.setattr(hardware, "gpu_of", lambda device: H100)
+    monkeypatch.setattr(environment, "require_launches", lambda: None)
+
+
+def test_nothing_is_excluded_where_nothing_can_be_launched(file, monkeypatch):
+    def broken(x):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(tileconv.kernels, "relu", broken)
+    monkeypatch.setattr(hardware, "interpreting", lambda: False)
+    monkeypatch.setattr(torch, "ones", lambda *a, **k: None)
+    with pytest.raises(ValueError, match=r"no kernel can be launched here: .*find C compiler.*Python's headers"):
+        selftest.run_selftest(dtypes=["fp16"])
+    assert not file.exists()
 
 
 def test_what_fails_is_never_chosen_again(file, monkeypatch):
@@ -202,8 +216,8 @@ def pooled(file):
         file.write_text(json.dumps([an_entry(tile=str(name)) for name in names]))
         forget()
 
-    problem = Conv2dProblem(128, 128, 112, 112, 128, 3, 3, padding=((1, 1), (1, 1)))
-    pool = Pool2dProblem(128, 128, 112, 112, (2, 2), (2, 2))
+    problem = Conv2dProblem(128, 64, 112, 112, 64, 3, 3, padding=((1, 1), (1, 1)))
+    pool = Pool2dProblem(128, 64, 112, 112, (2, 2), (2, 2))
     forget()
     yield (problem, pool, torch.float16), exclude
     forget()
@@ -237,7 +251,9 @@ def test_a_convolution_that_pools_runs_as_two_kernels_where_no_tile_is_left(pool
     apart = launch_conv_pool.plan(
         *arguments, gpu=H100, activation="relu", precision="ieee", channels_last=True, batch_invariant=False
     )
-    assert [launch.kernel.__name__ for launch in apart] == ["fprop_box", "max_forward"]
+    # Smaller tiles, as Triton 3.6 gets them, share their depth, and a kernel more adds up.
+    names = [launch.kernel.__name__ for launch in apart]
+    assert [name for name in names if name != "fprop_finish"] == ["fprop_box", "max_forward"]
     assert apart[0].tile not in map(str, pool_tiles.candidates(*operands, H100))
     with pytest.raises(RuntimeError, match="every tile for this fprop failed the self-test on H100"):
         launch_conv_pool.plan_conv_pool(*arguments, gpu=H100)

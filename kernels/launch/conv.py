@@ -17,7 +17,7 @@ from tileconv.kernels.device import conv_gather, conv_wgrad
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart, Filters
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch import depthwise, padded, runs
-from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, strides
+from tileconv.kernels.launch.common import TRITON_TYPE, Launch, accumulator, index_type, pitch, strides
 from tileconv.kernels.launch.descriptors import (
     aligned,
     describable,
@@ -359,7 +359,7 @@ def _plan_gather(
 
 
 def _row_strides(image: torch.Tensor) -> tuple[int, ...]:
-    return image.stride(0), image.stride(2), image.stride(3)
+    return pitch(image, 0), pitch(image, 2), pitch(image, 3)
 
 
 def _unit(*strides: int) -> int:

@@ -8,7 +8,7 @@ import triton
 from tileconv.kernels import small_tiles, tiles
 from tileconv.kernels.device import pointwise as device
 from tileconv.kernels.hardware import GPU
-from tileconv.kernels.launch.common import Launch, accumulator, index_type
+from tileconv.kernels.launch.common import Launch, accumulator, index_type, pitch
 from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.layout import sum_dtype
 
@@ -86,7 +86,7 @@ def rows_in_line(image: torch.Tensor) -> torch.Tensor:
 
 
 def _pixel_stride(image: torch.Tensor) -> int:
-    return image.stride(3) if image.shape[3] > 1 else image.stride(2)
+    return image.stride(3) if image.shape[3] > 1 else pitch(image, 2)
 
 
 def _flat(kernel: object, arguments: dict[str, object], size: int, like: torch.Tensor, gpu: GPU) -> Launch:

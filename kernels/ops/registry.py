@@ -19,9 +19,22 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CPU")
-    LIBRARY.impl(name, run, "CUDA")
+    LIBRARY.impl(name, on_its_gpu(run), "CUDA")
     torch.library.register_fake(f"tileconv::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"tileconv::{name}", functools.partial(_batched, getattr(OPS, name)), lib=LIBRARY)
+
+
+def on_its_gpu(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` with the GPU of its first tensor as the current one: Triton launches on that, wherever tensors lie."""
+
+    def call(*arguments: Any) -> Any:
+        device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
+        if device.index == torch.cuda.current_device():
+            return run(*arguments)
+        with torch.cuda.device(device):
+            return run(*arguments)
+
+    return call
 
 
 def remembered(build: Callable[..., Made]) -> Callable[..., Made]:
