@@ -89,11 +89,6 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
         # Compiled for one tap, transposed filters of 128 rows or more wait for every product; 128 + 64 do not.
         if pass_ == "dgrad" and problem.taps == 1 and block_k > 64 and not block_k2:
             continue
-        # Triton 3.6 makes products of 192 x 256 wait for each other, but not those of 2-byte filters that it turns; 3.7
-        # makes none wait.
-        turned = pass_ == "dgrad" and dtype.itemsize == 2
-        if rows * columns > 32_768 and not turned and triton_version() < (3, 7):
-            continue
         if rows * columns > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
             continue
         warps = 4 if rows * columns <= (32_768 // dtype.itemsize if odd else 24_576) else 8
@@ -133,16 +128,10 @@ def _box_waits(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.
     """Whether a box's products wait for each other, forward or in a gradient, as compiled for sm_90.
 
     Those of 256 + 128 turned 2-byte filters of one tap do where the last 128 are shared, in their loop of 128 alone.
-    Triton 3.6 makes those of 32,768 sums wait where a program has the whole depth, 76 of 282 tiles of more than 24,576,
-    but neither those of 2-byte filters that it turns nor those of 64; 3.7 makes none of them wait.
     """
-    if gpu.arch // 10 != 9 or pass_ == "wgrad":
+    if gpu.arch // 10 != 9 or pass_ != "dgrad" or dtype.itemsize != 2:
         return False
-    turned = pass_ == "dgrad" and dtype.itemsize == 2
-    if turned and problem.taps == 1 and tile.narrow and tile.block_k2 > 64:
-        return True
-    large = tile.splits == 1 and tile.rows * tile.pixels == 32_768
-    return large and not turned and (dtype.itemsize > 2 or tile.rows > 64) and triton_version() < (3, 7)
+    return problem.taps == 1 and bool(tile.narrow) and tile.block_k2 > 64
 
 
 def _boxes(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
@@ -208,10 +197,6 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             continue  # compiled for sm_100 the sums' way out of tensor memory spills
         if half and gpu.arch >= 100 and not block_k2:
             continue  # so it does with 64 x (128 + 64): 56 bytes
-        wide = (half and block_c == 256) or (block_k == 256 and columns >= 128)
-        wide = wide or (block_c == 128 and taps > (1 if rows >= 128 else 2))
-        if wide and dtype.itemsize == 4 and triton_version() < (3, 7):
-            continue  # Triton 3.6 makes products of 128 x 384, of 256 x 128, of more taps of 128 wait for each other
         if gpu.arch >= 120 and (half or block_k2):
             continue  # compiled for sm_120, whose products take registers, 16 to 1256 bytes spill
         most = dtype.itemsize == 4 and block_k2 > 0 and taps == 2

@@ -11,7 +11,7 @@ import torch
 from tileconv.kernels import conv_tile, cost, excluded, fp32, tiles
 from tileconv.kernels.conv_tile import ConvTile, power_of_two, powers
 from tileconv.kernels.geometry import Conv2dProblem, Pool2dProblem
-from tileconv.kernels.hardware import GPU, triton_version
+from tileconv.kernels.hardware import GPU
 
 
 def fuse_pool(problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
@@ -187,8 +187,6 @@ def _warps(block_k: int, pixels: int, whole: bool, pool: Pool2dProblem, dtype: t
         return None  # addresses of 128 rows of a contiguous output spill 100 times; 64 x 64 on sm_100 5 times
     if block_k * pixels > 2 * most:
         return None
-    if block_k * pixels > 16_384 and gpu.arch // 10 == 9 and triton_version() < (3, 7):
-        return None  # Triton 3.6 makes products of 256 x 128 and 128 x 256 wait for each other
     return 4 if block_k * pixels <= most else 8
 
 

@@ -14,6 +14,7 @@ from tileconv.kernels.device.conv_steps import (
     finished,
     next_product,
     next_tap,
+    one_at_least,
     pixel_load,
     small_products,
     without_infinities,
@@ -198,6 +199,7 @@ def fprop_box(
         c_first = begin % n_c * BLOCK_C
         s_first = s_lo + begin // n_c % n_s
         r_first = r_lo + begin // n_c // n_s
+    steps, r_first = one_at_least(steps, r_first, R + tl.maximum(H - h0, 0))
     if NARROW:
         if narrow:
             k0 += first

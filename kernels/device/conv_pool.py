@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from tileconv.kernels.device.conv import box_origin, store_box
-from tileconv.kernels.device.conv_steps import bias_and_activation, next_tap
+from tileconv.kernels.device.conv_steps import bias_and_activation, next_tap, one_at_least
 
 
 @triton.jit
@@ -46,7 +46,8 @@ def _sums(
     s_lo = tl.maximum(0, tl.cdiv(1 - BOX_W - w0, DIL_W))
     s_hi = tl.minimum(S, tl.maximum(0, tl.cdiv(W - w0, DIL_W)))
     steps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0) * tl.cdiv(C, BLOCK_C)
-    c, s, r = 0, s_lo, r_lo
+    steps, r = one_at_least(steps, r_lo, R + tl.maximum(H - h0, 0))
+    c, s = 0, s_lo
     acc = tl.zeros((BLOCK_K, PIXELS), tl.float32)
     for _ in tl.range(0, steps):
         if GROUPS == 1:

@@ -24,6 +24,13 @@ def next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def one_at_least(steps, first, outside):
+    # A program without a step takes one at `outside`, where the copy engine finds zeros for both operands.  With a way
+    # round the loop Triton 3.6 sets the sums to zero there, and ptxas makes WGMMAs of 32,768 sums wait for each other.
+    return tl.maximum(steps, 1), tl.where(steps > 0, first, outside)
+
+
+@triton.jit
 def small_products(PARTS: tl.constexpr):
     # How many there are, and which part of either operand each takes, two bits a product, the smallest product first.
     if PARTS == 3:

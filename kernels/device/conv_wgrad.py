@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from tileconv.kernels.device.conv_steps import next_product, pixel_load, small_products, without_infinities
+from tileconv.kernels.device.conv_steps import (
+    next_product,
+    one_at_least,
+    pixel_load,
+    small_products,
+    without_infinities,
+)
 
 
 # GEMM_M: filters of one group.  GEMM_N: channels of one group, for one tap (r, s) to five.  GEMM_K: output pixels, of
@@ -81,11 +87,9 @@ def wgrad_box(
     steps = n_n * tl.maximum(q_hi - q_lo, 0) * tl.maximum(p_hi - p_lo, 0)
     share = tl.cdiv(steps, SPLITS)
     begin = split * share
-    end = tl.minimum(begin + share, steps)
-    steps = end - begin
+    steps, p_first = one_at_least(tl.minimum(share, steps - begin), p_lo + begin // n_n // n_q, P + H + pad_h)
     n_first = (begin % n_n) * BOX_N
     q_first = q_lo + (begin // n_n) % n_q
-    p_first = p_lo + begin // n_n // n_q
     sums = ()  # by tap, then by box of channels, then by block of filters
     for _ in tl.static_range(TAPS):
         sums = sums + _zeros(BLOCK_C, BLOCK_K, BLOCK_K2, ACC)
@@ -95,7 +99,7 @@ def wgrad_box(
         n, q, p = n_first, q_first, p_first
         products, x_parts, y_parts = small_products(PARTS if small else 1)
         step = 0
-        for _ in tl.range(begin, begin + steps * products if small else end):
+        for _ in tl.range(0, steps * products if small else steps):
             i = p * BOX_H
             j = q * BOX_W
             plane = g + (y_parts & 3) * GROUPS if small else g
