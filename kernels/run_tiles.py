@@ -69,8 +69,7 @@ def choose_runs(
         return ConvTile("runs", box, min(filters, 512), max(min(depth, 1024), power_of_two(runs.length), 16))
     found = []
     in_bits = pass_ == "wgrad" and dtype.itemsize == 4
-    before_3_7 = triton_version() < (3, 7)
-    of_bits = WGRAD_TF32_IN_3_6 if before_3_7 else WGRAD_TF32
+    of_bits = WGRAD_TF32_IN_3_6 if triton_version() < (3, 7) else WGRAD_TF32
     for pixels, block_k, block_c, warps in of_bits if in_bits else WGRAD if pass_ == "wgrad" else FPROP:
         block_c = block_c if in_bits or runs.inner else max(block_c, runs.length)
         sums = block_k * (block_c if pass_ == "wgrad" else pixels)
@@ -78,8 +77,6 @@ def choose_runs(
         most = 4096 * warps if (gpu.arch < 90 or dtype.itemsize == 4) and not in_bits else 1 << 16
         if block_k > max(filters, 32) or sums >= most:
             continue
-        if before_3_7 and pass_ == "wgrad" and not in_bits and runs.inner and block_k > 64:
-            continue  # Triton 3.6 makes its products wait for each other
         if gpu.arch in (86, 89) and not runs.inner and dtype.itemsize == 4 and (pixels, block_k, warps) == (128, 64, 4):
             continue  # compiled for sm_86 and sm_89, not for sm_80, 8 bytes spill
         step = (block_k + (block_c if pass_ == "wgrad" else pixels)) * dtype.itemsize

@@ -68,9 +68,7 @@ def test_fprop_is_modelled_within_175_percent_of_the_floor(name: str) -> None:
 
 def test_alexnets_passes_together_are_modelled_within_their_limits() -> None:
     floors = sum(cost.floor_us(layer(name), torch.float16, "ieee", H100) for name in ALEXNET)
-    # Triton 3.6 makes the largest tiles' products wait, so it gets smaller ones.
-    limit = 1.65 if hardware.triton_version() < (3, 7) else 1.6
-    assert sum(modelled(layer(name), "fprop") for name in ALEXNET) <= limit * floors
+    assert sum(modelled(layer(name), "fprop") for name in ALEXNET) <= 1.6 * floors
     assert sum(modelled(layer(name), "wgrad") for name in ALEXNET) <= 1.85 * floors
 
 

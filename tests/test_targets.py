@@ -41,8 +41,6 @@ SHORT: dict[Where, float | None] = {
     (BYTES, "sm_90", "forward", "pool5"): 1.02,
     (BYTES, "sm_90", "backward", "pool5"): 1.04,
 }
-if BEFORE_3_7:  # whose products of the largest tiles wait, so that smaller ones are chosen
-    SHORT[f"{RATIO}, together", "sm_90", "fprop", "conv2 to conv5"] = 1.03
 # Pointer kernels: AlexNet's second and fourth convolution have no shortfall there.
 SHORT_ELSEWHERE: dict[Where, float | None] = {}
 # What no kernel may miss, whatever else it trades.

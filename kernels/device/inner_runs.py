@@ -214,16 +214,18 @@ def wgrad_inner_runs(
     at, _ = _places(d0, d, cls, stride_xn, stride_xc, stride_xh, C, R, S, RUN, ALIGN, DIL_H, INDEX)
     start = q.to(INDEX)[:, None] * STRIDE_W + at[None, :]
     grads = dy + k.to(INDEX)[:, None] * stride_yk + q.to(INDEX)[None, :] * stride_yq
-    inside_y = (k < K)[:, None] & (q < Q)[None, :]
     rows = tl.cdiv(N - cls, CLASSES) * P
     share = tl.cdiv(rows, SPLITS)
     begin = split * share
+    steps = tl.maximum(tl.minimum(share, rows - begin), 1)  # one of zeros for none, as in conv_steps.one_at_least
+    inside_q = (q < Q) & (begin < rows)
+    inside_y = (k < K)[:, None] & inside_q[None, :]
     p = begin % P
     m = tl.cast(begin // P, INDEX)
     acc = tl.zeros((BLOCK_K, BLOCK_C), ACC)
-    for _ in tl.range(begin, tl.minimum(begin + share, rows)):
+    for _ in tl.range(0, steps):
         row = (m * step_xn + tl.cast(p, INDEX) * step_xp) * ALIGN
-        patch = tl.load(x + (row + start), mask=(q < Q)[:, None], other=0.0)
+        patch = tl.load(x + (row + start), mask=inside_q[:, None], other=0.0)
         at_y = (m * CLASSES + cls) * stride_yn + tl.cast(p, INDEX) * stride_yp
         grad = tl.load(grads + at_y, mask=inside_y, other=0.0)
         acc = tl.dot(grad, patch, acc, input_precision=PRECISION, out_dtype=ACC)
