@@ -358,6 +358,27 @@ def test_nan_and_infinity_go_where_torch_sends_them(channels: int, stride: int) 
     assert torch.equal(got.isinf(), want.isinf())
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_programs_that_read_nothing_give_zero(groups: int) -> None:
+    """A kernel goes through its loop once even there, and must meet no element: an infinite one would leave NaN."""
+    x = torch.full((16, 32, 1, 2), torch.inf).contiguous(memory_format=CHANNELS_LAST)
+    b = torch.randn(32)
+    with tiles.override(formulation="pixel"):
+        y = tk.conv2d(x, torch.full((32, 32 // groups, 1, 1), torch.inf), b, padding=(1, 2), groups=groups)
+        pooled = tk.conv2d_max_pool2d(
+            x, torch.full((32, 32 // groups, 1, 1), torch.inf), b, padding=(1, 2), groups=groups, pool_kernel_size=1
+        )
+        around = torch.ones(y.shape[2:], dtype=torch.bool)
+        around[1, 2:4] = False
+        assert torch.equal(y[..., around], b[:, None].expand(16, -1, int(around.sum())))
+        assert torch.equal(pooled, y.relu()) and (y[..., ~around] == torch.inf).all()
+        problem = Conv2dProblem(16, 32, 1, 2, 32, 3, 3, padding=((1, 1), (1, 1)), groups=groups)
+        dy = torch.full(problem.y_shape, torch.inf).contiguous(memory_format=CHANNELS_LAST)
+        dw = OPS.conv2d_wgrad(dy, x, problem.w_shape, [1, 1], [1, 1, 1, 1], [1, 1], groups, "ieee")
+    assert (dw[:, :, ::2] == 0).all(), "a filter's first and last row never meet the image's only one"
+    assert (dw[:, :, 1] == torch.inf).all()
+
+
 def test_linear_with_relu() -> None:
     x, w, b = torch.randn(3, 5, 37), torch.randn(11, 37), torch.randn(11)
     exact = run(lambda *t: F.relu(F.linear(*t)), x.double(), w.double(), b.double(), None)

@@ -199,7 +199,8 @@ def fprop_box(
         c_first = begin % n_c * BLOCK_C
         s_first = s_lo + begin // n_c % n_s
         r_first = r_lo + begin // n_c // n_s
-    steps, r_first = one_at_least(steps, r_first, R + tl.maximum(H - h0, 0))
+    if PARTS == 1:
+        steps, r_first = one_at_least(steps, r_first, R + tl.maximum(H - h0, 0))
     if NARROW:
         if narrow:
             k0 += first

@@ -27,6 +27,7 @@ def next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C: tl.constexpr):
 def one_at_least(steps, first, outside):
     # A program without a step takes one at `outside`, where the copy engine finds zeros for both operands.  With a way
     # round the loop Triton 3.6 sets the sums to zero there, and ptxas makes WGMMAs of 32,768 sums wait for each other.
+    # Not where parts are multiplied: of the two loops one after the other it then makes those of 24,576 wait.
     return tl.maximum(steps, 1), tl.where(steps > 0, first, outside)
 
 

@@ -87,7 +87,10 @@ def wgrad_box(
     steps = n_n * tl.maximum(q_hi - q_lo, 0) * tl.maximum(p_hi - p_lo, 0)
     share = tl.cdiv(steps, SPLITS)
     begin = split * share
-    steps, p_first = one_at_least(tl.minimum(share, steps - begin), p_lo + begin // n_n // n_q, P + H + pad_h)
+    steps = tl.minimum(share, steps - begin)
+    p_first = p_lo + begin // n_n // n_q
+    if PARTS == 1:
+        steps, p_first = one_at_least(steps, p_first, P + H + pad_h)
     n_first = (begin % n_n) * BOX_N
     q_first = q_lo + (begin // n_n) % n_q
     sums = ()  # by tap, then by box of channels, then by block of filters
