@@ -324,20 +324,21 @@ _SCALAR = ((64, 64, 16, 2), (128, 64, 16, 4), (64, 128, 16, 4), (128, 128, 16, 8
 _SCALAR_BOXES = (*_SCALAR, (128, 64, 32, 4), (128, 128, 32, 8))
 _SCALAR_NARROW = ((64, 64, 16, 4),)
 # (pixels of a step, filters, channels, warps)
-_SCALAR_WGRAD = (
-    (16, 32, 32, 4), (16, 64, 64, 4), (32, 64, 64, 4), (16, 64, 128, 4), (16, 128, 64, 4), (16, 128, 128, 8),
-    (32, 128, 128, 8),
-)  # fmt: skip
+_SCALAR_WGRAD = ((16, 32, 32, 4), (16, 64, 64, 4), (16, 128, 64, 4), (16, 128, 128, 8))
+_SCALAR_WGRAD_WIDE = (*_SCALAR_WGRAD, (16, 64, 128, 4))
+_SCALAR_WGRAD_BOXES = (*_SCALAR_WGRAD_WIDE, (32, 64, 64, 4), (32, 128, 128, 8))
 
 
 def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     """fp64, and fp32 at its own precision: registers, not tensor cores, set the size."""
     wide = problem.group_channels * dtype.itemsize % 16 == 0 and problem.group_filters * dtype.itemsize % 8 == 0
     wgrad = pass_ == "wgrad"
-    by_pointers: Sequence[tuple[int, int, int, int]] = _SCALAR_WGRAD if wgrad else _SCALAR
-    by_boxes: Sequence[tuple[int, int, int, int]] = _SCALAR_WGRAD if wgrad else _SCALAR_BOXES
-    if not wgrad and not wide:
-        by_pointers = _SCALAR_NARROW
+    by_pointers: Sequence[tuple[int, int, int, int]]
+    by_boxes: Sequence[tuple[int, int, int, int]]
+    if wgrad:
+        by_pointers, by_boxes = _SCALAR_WGRAD_WIDE if wide else _SCALAR_WGRAD, _SCALAR_WGRAD_BOXES
+    else:
+        by_pointers, by_boxes = _SCALAR if wide else _SCALAR_NARROW, _SCALAR_BOXES
     if dtype == torch.float64:
         by_pointers = ((16, 32, 32, 4),) if wgrad else ((32, 32, 16, 4),)
     found = [
