@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from .control_flow import Graph, Loop
 
 MMA = re.compile(r"^(?:[HQIDO]G?MMA|UTC[A-Z]*MMA)\b")
+WIDE = re.compile(r"^(?:[HQI]G|UTC[A-Z]*)MMA\b")  # products of a whole warp group
 MEMORY = re.compile(
     r"^(?:UTMALDG|UTMASTG|UTMAREDG|UBLKCP|LDGSTS|LDG|STG|LDSM|STSM|LDS|STS|LDL|STL|LDTM|STTM|LD|ST|RED|ATOMG?)\b"
 )
@@ -159,10 +160,15 @@ def takes_register(instruction: Instruction) -> bool:
     return False
 
 
-def _multiplying(function: Function) -> dict[Loop, int]:
-    """The loops with tensor-core instructions, and how many each has."""
+def _multiplying(function: Function) -> dict[Loop, float]:
+    """The loops with tensor-core instructions, and how much each multiplies."""
     code = function.instructions
-    return {loop: n for loop in function.graph.loops if (n := sum(is_mma(code[i]) for i in loop.body))}
+    return {loop: n for loop in function.graph.loops if (n := _products(code[i] for i in loop.body))}
+
+
+def _products(code: Iterable[Instruction]) -> float:
+    """What some code multiplies, in HMMA.16816: a warp's share of an HGMMA.64x128 is sixteen, of a UTC*MMA no less."""
+    return sum(product_size(i.opcode) * (16 if WIDE.match(i.opcode) else 1) for i in code if is_mma(i))
 
 
 def _innermost(loops: Iterable[Loop]) -> list[Loop]:
@@ -171,19 +177,23 @@ def _innermost(loops: Iterable[Loop]) -> list[Loop]:
 
 
 def main_loop(function: Function) -> Loop | None:
-    """The innermost natural loop with tensor-core instructions (the one with most, then the longest, of several).
+    """The innermost natural loop with tensor-core instructions (of several the one that multiplies most, then the
+    longest), unless the code outside of loops multiplies more than all of them: the main loop is then unrolled, and
+    another is left.  As much as they do is a step that the compiler peeled off each, as Triton does on sm_100.
 
     Without tensor cores: the innermost loop with at least 16 fused multiply-adds; else None.
     """
 
-    def best(weight: dict[Loop, int]) -> Loop | None:
+    def best(weight: Mapping[Loop, float]) -> Loop | None:
         return max(_innermost(weight), key=lambda loop: (weight[loop], len(loop.body)), default=None)
 
     loops = function.graph.loops
     code = function.instructions
     with_mma = _multiplying(function)
     if with_mma or any(is_mma(i) for i in code):
-        return best(with_mma)
+        looped = {i for loop in loops for b in loop.blocks for i in range(*function.graph.blocks[b])}
+        unrolled = _products(line for i, line in enumerate(code) if i not in looped)
+        return best(with_mma) if sum(with_mma[loop] for loop in _innermost(with_mma)) >= unrolled else None
     fma = {loop: sum(code[i].base in ("FFMA", "FFMA2", "DFMA", "HFMA2") for i in loop.body) for loop in loops}
     return best({loop: n for loop, n in fma.items() if n >= LEAST_FMA})
 

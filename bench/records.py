@@ -380,6 +380,8 @@ def load(path: Path) -> Record:
     """Read a record. Raises RecordError, naming the file and the field, where it does not follow the schema."""
     try:
         data = json.loads(path.read_text())
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: not JSON: {error}") from None
     if isinstance(data, dict) and data.get("schema") in READABLE:

@@ -232,7 +232,7 @@ LAUNCH_TARGETS = (
     ),
     LaunchTarget(
         "other instructions per HGMMA.64x128", _others, {"fprop": 14, "dgrad": 14, "wgrad": 24}, _on("sm_90"),
-        lambda i: _number(_others(i)) + ("" if _by_warp_groups(i) else " per 16 HMMA"),
+        lambda i: _number(_others(i)) + ("" if _others(i) is None or _by_warp_groups(i) else " per 16 HMMA"),
     ),
     LaunchTarget(
         "useful rows x useful columns", _useful, {"": 0.95}, _wide_convolution, lambda i: _number(_useful(i)),

@@ -85,7 +85,8 @@ def start_triton() -> None:
     """Import Triton, interpreting where there is no GPU.
 
     Called once, first thing in `import tileconv.kernels`.  TILECONV_INTERPRET=0 refuses the interpreter, =1 asks for
-    it on a machine with a GPU too.  Raises ImportError on systems without Triton.
+    it on a machine with a GPU too.  Raises ImportError on systems without Triton, and where Triton was started another
+    way than it says.
     """
     if not sys.platform.startswith("linux"):
         raise ImportError(f"tileconv needs Linux, because Triton does; this is {sys.platform}")
@@ -105,6 +106,11 @@ def start_triton() -> None:
 
     global _interprets
     _interprets = isinstance(tl.cdiv, InterpretedFunction)  # Triton's own functions tell how it was imported
+    if wish and _interprets != (wish == "1"):
+        raise ImportError(
+            f"{INTERPRET_VARIABLE}={wish}, but Triton "
+            + ("interprets: unset TRITON_INTERPRET" if _interprets else "was imported before, without its interpreter")
+        )
     if _interprets:
         from tileconv.kernels import interpreter
 

@@ -157,12 +157,13 @@ CALL = "import torch, tileconv.kernels as tk; print(tk.relu(torch.tensor([-1.0, 
         (CALL, {}, "[0.0, 2.0]", "tileconv runs in Triton's interpreter"),
         (CALL, {"TRITON_INTERPRET": "1"}, "[0.0, 2.0]", ""),
         (CALL, {"TILECONV_INTERPRET": "0"}, "", "TILECONV_INTERPRET=0 refuses Triton's interpreter"),
+        (CALL, {"TILECONV_INTERPRET": "0", "TRITON_INTERPRET": "1"}, "", "unset TRITON_INTERPRET"),
         (CALL, {"TILECONV_INTERPRET": "2"}, "", "use 0 (never) or 1 (always)"),
         ("import triton\n" + CALL, {}, "", "import tileconv.kernels first"),
         ("import sys; sys.modules['triton'] = None\n" + CALL, {}, "", "needs the package triton"),
         ("import torch, sys; sys.platform = 'darwin'\n" + CALL, {}, "", "tileconv needs Linux"),
     ],
-    ids=["by itself", "asked for", "refused", "misspelt", "triton came first", "no triton", "not Linux"],
+    ids=["by itself", "asked for", "refused", "both", "misspelt", "triton came first", "no triton", "not Linux"],
 )
 def test_how_the_interpreter_starts(code: str, environment: dict[str, str], output: str, complaint: str) -> None:
     result = run(code, **environment)

@@ -197,7 +197,8 @@ def test_bad_input_names_what_is_wrong(tmp_path):
     data["timings"][0]["p50_us"] = "fast"
     (tmp_path / "c.json").write_text(json.dumps(data))
     (tmp_path / "d.json").write_bytes(b"\xff\xfe")
-    for name, message in (("c", "record.timings[0].p50_us: expected float"), ("d", "not JSON"), ("e", "e.json")):
+    wrong = {"c": "record.timings[0].p50_us: expected float", "d": "not JSON", "e": "e.json: cannot be read"}
+    for name, message in wrong.items():
         result = CliRunner().invoke(app, ["compare", str(tmp_path / "a.json"), str(tmp_path / f"{name}.json")])
         assert result.exit_code == 2, result.output
         assert message in result.output

@@ -128,6 +128,19 @@ def test_of_two_loops_the_one_that_multiplies_more():
     assert code.spills == 2
 
 
+def test_small_products_do_not_outweigh_those_of_a_warp_group():
+    many = "".join(f"        /*00{i:02x}*/  HMMA.16816.F32 R4, R8, R12, R4 ;\n" for i in range(8))
+    behind = f".L_x_9:\n{many}        /*0100*/  @P0 BRA `(.L_x_9) ;\n"
+    fixed = TWO_LOOPS.replace("        /*00a0*/", behind + "        /*00a0*/")
+    assert facts(fixed).mma == {"HGMMA.64x128x16.F32": 2}
+    straight = fixed.replace("@P0 BRA `(.L_x_1)", "NOP").replace("@P2 BRA `(.L_x_2)", "NOP")
+    assert facts(straight).scope == "kernel", "the loop that is left is not the main one"
+    peeled = TWO_LOOPS.replace(
+        "        /*00a0*/", "        /*0090*/  HGMMA.64x128x16.F32 R88, R156, gdesc[UR28], R88 ;\n        /*00a0*/"
+    )
+    assert facts(peeled).loop_instructions == 7, "a step that was peeled off does not unroll a loop"
+
+
 def test_a_lesser_loop_that_waits_makes_a_kernel_serialised():
     wait = "        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
     assert not facts(TWO_LOOPS.replace(wait, "")).serialised

@@ -498,6 +498,8 @@ def test_unknown_suites_end_with_the_nearest_names():
     result = CliRunner().invoke(app, ["inspect", "--suite", "dilatd"])
     assert result.exit_code == 2
     assert "suite='dilatd' is unknown; nearest: dilated" in result.output
+    result = CliRunner().invoke(app, ["inspect", "--from-model", "alexnet"])
+    assert result.exit_code == 2 and "from_model='alexnet' must be module:callable" in result.output
 
 
 def test_suites_are_listed():

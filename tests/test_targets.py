@@ -142,6 +142,9 @@ def test_products_of_single_warps_fall_short_of_hopper_s() -> None:
     assert missed.keys() == {"multiplies with HGMMA", TMA, HGMMA}
     assert missed[HGMMA] == pytest.approx(16 * 6.4 / 24), "sixteen of them are a warp's share of an HGMMA.64x128"
     assert "asynchronous HGMMA" not in names(targets.lines([row])), "nothing is, but nothing waits either"
+    unrolled = dataclasses.replace(row, scope="kernel", loop_instructions=None, loop_mma=None, other_per_mma=None)
+    [line] = [line for line in targets.lines([unrolled]) if line.target == HGMMA]
+    assert not line.met and line.found == "not known"
 
 
 def test_new_and_stale_shortfalls_are_noticed() -> None:
