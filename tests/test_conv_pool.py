@@ -275,11 +275,8 @@ def test_the_faster_way_is_taken() -> None:
     for operands in (vgg_layer(128, 112), vgg_layer(128, 112, 3)):
         one, two = pool_tiles.modelled_us(*operands, torch.float16, "ieee", H100)
         assert pool_tiles.fuse_pool(*operands, torch.float16, "ieee", H100) == (one < two)
-    # Windows that overlap are convolved 2.25 times over, those side by side once. (For Triton 3.6 the kernel that pools
-    # has smaller tiles; one of 128 filters is modelled 1 % behind there.)
-    assert pool_tiles.fuse_pool(*vgg_layer(64, 112), torch.float16, "ieee", H100)
-    wide = hardware.triton_version() >= (3, 7)
-    assert pool_tiles.fuse_pool(*vgg_layer(128, 112), torch.float16, "ieee", H100) == wide
+    # Windows that overlap are convolved 2.25 times over, those side by side once.
+    assert pool_tiles.fuse_pool(*vgg_layer(128, 112), torch.float16, "ieee", H100)
     reason = pool_tiles.why_separate(*vgg_layer(128, 112, 3), torch.float16, "ieee", H100)
     assert reason is not None and "modelled to take" in reason
     # Where DRAM bounds both, computing again costs nothing.

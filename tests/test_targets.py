@@ -87,8 +87,8 @@ def test_other_architectures(tmp_path: Path) -> None:
     chosen = [part for arch in archs for part in ("--arch", arch)]
     chosen += [part for pass_ in ("fprop", "dgrad", "wgrad") for part in ("--pass", pass_)]
     rows = inspected(tmp_path, *chosen, "--layer", "conv2", "--layer", "conv4")
-    # For sm_120 Triton 3.6 keeps 8 bytes of every loop by descriptors on the stack, whatever the tile: of 98 registers
-    # as of 252. That is all that it may.
+    # Triton 3.6 has ptxas 12.9, which for sm_120 gives every load by descriptors a call, for shared memory of another
+    # block of its cluster: never taken here. The call's arguments are 8 bytes of stack whatever the tile, and no more.
     bounded = [row for row in rows if BEFORE_3_7 and row.arch == "sm_120" and row.stack_bytes]
     assert {(row.kernel, row.stack_bytes) for row in bounded} <= {("fprop_box", 8), ("wgrad_box", 8)}
     rows = tuple(dataclasses.replace(row, stack_bytes=0, spills=0) if row in bounded else row for row in rows)
