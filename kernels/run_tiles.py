@@ -29,7 +29,7 @@ WGRAD = (
 # Hopper's warp groups take 4-byte operands along the depth only, and here pixels are the depth.  But a block of fewer
 # than four warps multiplies by mma.sync, as all blocks do on other GPUs, and its fragments come from any layout.  Warps
 # make 64 x 64, for one read of 128 bytes a product, where 32 x 32 takes two.
-WGRAD_TF32 = ((16, 64, 128, 2), (16, 128, 64, 2), (16, 64, 64, 1), (32, 64, 64, 2), (16, 32, 128, 2))
+WGRAD_TF32 = ((16, 64, 128, 2), (16, 128, 64, 2), (16, 64, 64, 1), (16, 32, 128, 2))
 # Triton 3.6 spills those 2 to 192 times; these it does not, in 250 to 254 registers and in 159 to 164.
 WGRAD_TF32_IN_3_6 = ((16, 64, 64, 2), (16, 32, 64, 2))
 
@@ -79,6 +79,8 @@ def choose_runs(
             continue
         if gpu.arch in (86, 89) and not runs.inner and dtype.itemsize == 4 and (pixels, block_k, warps) == (128, 64, 4):
             continue  # compiled for sm_86 and sm_89, not for sm_80, 8 bytes spill
+        if gpu.arch in (86, 89) and in_bits and runs.length <= 4 and (block_k == 128 or warps == 1):
+            continue  # there many rows of addresses: 40 and 64 bytes
         step = (block_k + (block_c if pass_ == "wgrad" else pixels)) * dtype.itemsize
         step *= pixels if pass_ == "wgrad" else block_c
         stages = min(3, (gpu.shared_block - 2048) // step)
