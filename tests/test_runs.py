@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import tileconv.kernels as tk
 from tileconv.bench import inspect, predictions
 from tileconv.bench.cases import Case, launches
-from tileconv.kernels import cost, hardware, run_tiles, tiles
+from tileconv.kernels import cost, hardware, interpreter, run_tiles, tiles
 from tileconv.kernels.geometry import Conv2dProblem, Runs
 from tileconv.kernels.launch import conv, plans, runs
 
@@ -163,6 +163,28 @@ def test_what_lies_around_an_image_is_never_used():
             if image is x:
                 amid = found
         assert all(map(torch.equal, amid, found)) and found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_fewer_images_than_classes_are_read_and_no_more(batch, planned, assert_within_budget):
+    wide = torch.randn(batch, 3, 17, 17).half().contiguous(memory_format=torch.channels_last)
+    view = wide[:, :, :16, : 18 - batch]
+    last = sum((extent - 1) * stride for extent, stride in zip(view.shape, view.stride(), strict=True))
+    x = torch.randn(last + 1).half().as_strided(view.shape, view.stride())  # memory that ends with the last image
+    w = (torch.randn(8, 3, 11, 11) / 11).half().requires_grad_()
+    problem = Conv2dProblem(*x.shape, *w.shape[:1], 11, 11, (4, 4)).interleaved
+    found = problem.inner_runs(2, "fprop", (x.stride(0), x.stride(0), x.stride(2)))
+    assert found is not None and found.align == 4 and x.stride(0) % 2, "four classes"
+    exact_w, plain_w = w.detach().double().requires_grad_(), w.detach().clone().requires_grad_()
+    with interpreter.bounds_check():
+        y = tk.conv2d(x, w, stride=4)
+        y.sum().backward()
+    exact, plain = F.conv2d(x.double(), exact_w, stride=4), F.conv2d(x, plain_w, stride=4)
+    exact.sum().backward()
+    plain.sum().backward()
+    assert_within_budget(y, plain, exact)
+    assert_within_budget(w.grad, plain_w.grad, exact_w.grad)
+    assert planned == ["plan_fprop", "plan_wgrad"]
 
 
 @pytest.mark.parametrize(
