@@ -35,6 +35,13 @@ CASES = [
     Case("groups", tk.conv2d, (16, 5, 5), (16, 8, 3, 3), {"padding": 1, "groups": 2}),
     Case("unaddressable", tk.conv2d, (6, 5, 5), (9, 6, 3, 3), {}),
     Case("first layer", tk.conv2d, (3, 11, 11), (8, 3, 7, 7), {"stride": 4, "padding": 2}),
+    Case(
+        "first layer, images of 8 more than 16 bytes",
+        tk.conv2d,
+        (3, 13, 20),
+        (16, 3, 7, 7),
+        {"stride": 2, "padding": 2},
+    ),
     Case("depthwise", tk.conv2d, (16, 6, 6), (16, 1, 3, 3), {"padding": 1, "groups": 16}),
     Case("linear", tk.linear, (300,), (50, 300), {}),
     Case("conv1d", tk.conv1d, (24, 17), (16, 24, 5), {"padding": 2}),
