@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -294,6 +297,34 @@ def test_compiled(arch, suites):
         pixels, count = ("LDGSTS.32", (16, 32)) if "inner" in row["kernel"] else ("LDGSTS.64", (8, 16))
         assert loads[pixels] in count and not row["register_operand"]
         assert not {"LDG.16", "LDG.32", "LDGSTS.32"} & (loads.keys() - {pixels})
+
+
+# A launch makes constants of integers equal to one, which the interpreter does not.
+ONE_ROW = """
+import torch
+from tileconv.bench.inspect import compile_launch
+from tileconv.kernels import hardware
+from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.launch import conv
+
+gpu = hardware.GPUS["H100"]
+problem = Conv2dProblem(8, 3, 1, 64, 16, 1, 7, (1, 4), ((0, 0), (2, 2)))
+for dtype, precision in ((torch.float16, "ieee"), (torch.float32, "tf32")):
+    x, w, y = (torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+               for shape in (problem.x_shape, problem.w_shape, problem.y_shape))
+    planned = conv.plan_fprop(problem, x.contiguous(), w, None, y, gpu=gpu, precision=precision)
+    planned += conv.plan_wgrad(problem, y, x.contiguous(), w, gpu=gpu, precision=precision)
+    main = [launch for launch in planned if launch.kernel.__name__ in ("fprop_runs", "wgrad_runs")]
+    assert len(main) == 2
+    for launch in main:
+        compile_launch(launch, "sm_90")
+"""
+
+
+def test_images_of_one_row_compile():
+    environment = os.environ | inspect.COMPILING
+    ran = subprocess.run([sys.executable, "-c", ONE_ROW], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize(("suite", "kernel"), [("alexnet", "fprop_runs"), ("alexnet-2012", "fprop_inner_runs")])
