@@ -219,7 +219,9 @@ class Conv2dProblem:
             shift = align - math.gcd(align, images, channels, self.dilation[0] * rows)
             length = -(-(shift + self.S) // align) * align
             if found is None or 5 * length <= 4 * found.length:
-                found = Runs(length, 0, align, inner=True, classes=align // math.gcd(align, images))
+                # No more than there are images: the programs of a class read one.
+                classes = min(max(self.N, 1), align // math.gcd(align, images))
+                found = Runs(length, 0, align, inner=True, classes=classes)
         return found
 
     def _dgrad_part(self, row: Residue, column: Residue) -> DgradPart:

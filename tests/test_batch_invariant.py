@@ -64,6 +64,14 @@ def test_a_sample_has_the_same_bits_in_every_batch(case: Case, dtype: torch.dtyp
             assert torch.equal(dx[i], alone[i][1][0]), f"gradient of sample {i} of {batch}"
 
 
+def test_a_first_layer_whose_samples_start_beside_aligned_addresses() -> None:
+    x = torch.randn(2, 3, 11, 12, dtype=torch.float16).to(memory_format=torch.channels_last)
+    w = torch.randn(16, 3, 7, 7, dtype=torch.float16)
+    whole = tk.conv2d(x, w, stride=4, padding=2, batch_invariant=True)
+    assert (x[1:].data_ptr() - x.data_ptr()) % 16 == 8
+    assert torch.equal(tk.conv2d(x[1:], w, stride=4, padding=2, batch_invariant=True), whole[1:])
+
+
 ALEXNET = {"conv2": (64, 27, 192, 5, 2), "conv3": (192, 13, 384, 3, 1), "conv4": (384, 13, 256, 3, 1),
            "fc8": (4096, 1, 1000, 1, 0)}  # fmt: skip
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 import tileconv.kernels as tk
 from tileconv.bench import inspect, predictions
 from tileconv.bench.cases import Case, launches
-from tileconv.kernels import cost, hardware, run_tiles, tiles
+from tileconv.kernels import cost, hardware, interpreter, run_tiles, tiles
 from tileconv.kernels.geometry import Conv2dProblem, Runs
 from tileconv.kernels.launch import conv, plans, runs
 
@@ -166,6 +169,28 @@ def test_what_lies_around_an_image_is_never_used():
         assert all(map(torch.equal, amid, found)) and found[1].isfinite().all()
 
 
+@pytest.mark.parametrize("batch", [2, 3])
+def test_fewer_images_than_classes_are_read_and_no_more(batch, planned, assert_within_budget):
+    wide = torch.randn(batch, 3, 17, 17).half().contiguous(memory_format=torch.channels_last)
+    view = wide[:, :, :16, : 18 - batch]
+    last = sum((extent - 1) * stride for extent, stride in zip(view.shape, view.stride(), strict=True))
+    x = torch.randn(last + 1).half().as_strided(view.shape, view.stride())  # memory that ends with the last image
+    w = (torch.randn(8, 3, 11, 11) / 11).half().requires_grad_()
+    problem = Conv2dProblem(*x.shape, *w.shape[:1], 11, 11, (4, 4)).interleaved
+    found = problem.inner_runs(2, "fprop", (x.stride(0), x.stride(0), x.stride(2)))
+    assert found is not None and found.align == 4 and x.stride(0) % 2, "four classes"
+    exact_w, plain_w = w.detach().double().requires_grad_(), w.detach().clone().requires_grad_()
+    with interpreter.bounds_check():
+        y = tk.conv2d(x, w, stride=4)
+        y.sum().backward()
+    exact, plain = F.conv2d(x.double(), exact_w, stride=4), F.conv2d(x, plain_w, stride=4)
+    exact.sum().backward()
+    plain.sum().backward()
+    assert_within_budget(y, plain, exact)
+    assert_within_budget(w.grad, plain_w.grad, exact_w.grad)
+    assert planned == ["plan_fprop", "plan_wgrad"]
+
+
 @pytest.mark.parametrize(
     ("x", "stride"),
     [
@@ -274,6 +299,34 @@ def test_compiled(arch, suites):
         pixels, count = ("LDGSTS.32", (16, 32)) if "inner" in row["kernel"] else ("LDGSTS.64", (8, 16))
         assert loads[pixels] in count and not row["register_operand"]
         assert not {"LDG.16", "LDG.32", "LDGSTS.32"} & (loads.keys() - {pixels})
+
+
+# A launch makes constants of integers equal to one, which the interpreter does not.
+ONE_ROW = """
+import torch
+from tileconv.bench.inspect import compile_launch
+from tileconv.kernels import hardware
+from tileconv.kernels.geometry import Conv2dProblem
+from tileconv.kernels.launch import conv
+
+gpu = hardware.GPUS["H100"]
+problem = Conv2dProblem(8, 3, 1, 64, 16, 1, 7, (1, 4), ((0, 0), (2, 2)))
+for dtype, precision in ((torch.float16, "ieee"), (torch.float32, "tf32")):
+    x, w, y = (torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+               for shape in (problem.x_shape, problem.w_shape, problem.y_shape))
+    planned = conv.plan_fprop(problem, x.contiguous(), w, None, y, gpu=gpu, precision=precision)
+    planned += conv.plan_wgrad(problem, y, x.contiguous(), w, gpu=gpu, precision=precision)
+    main = [launch for launch in planned if launch.kernel.__name__ in ("fprop_runs", "wgrad_runs")]
+    assert len(main) == 2
+    for launch in main:
+        compile_launch(launch, "sm_90")
+"""
+
+
+def test_images_of_one_row_compile():
+    environment = os.environ | inspect.COMPILING
+    ran = subprocess.run([sys.executable, "-c", ONE_ROW], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize(("suite", "kernel"), [("alexnet", "fprop_runs"), ("alexnet-2012", "fprop_inner_runs")])

@@ -69,7 +69,7 @@ def _sums(
         shift = tl.cast(run // R, INDEX) * (stride_xc * ALIGN) + r.to(INDEX) * (stride_xh * ALIGN)
         h = h0 + tl.where(run < C * R, r, _FAR)[None, :]
         # A negative row is a large unsigned one.
-        pixels = tl.load(x + (start + shift[None, :]), mask=h.to(tl.uint32) < H.to(tl.uint32), other=0.0)
+        pixels = tl.load(x + (start + shift[None, :]), mask=h.to(tl.uint32) < tl.cast(H, tl.uint32), other=0.0)
         a = tl.load(filters + d0, mask=inside_k[:, None], other=0.0)
         if EXACT:  # fewer than 64 rows: mma.sync, which needs no waiting for what is written to shared memory
             acc = tl.dot(pixels, a.T, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -241,7 +241,7 @@ def wgrad_runs(
     for _ in tl.range(begin, tl.minimum(begin + share, N * P)):
         row = n * (stride_xn * ALIGN) + tl.cast(p * STRIDE_H, INDEX) * (stride_xh * ALIGN)
         h = p * STRIDE_H + r
-        inside_x = h.to(tl.uint32) < H.to(tl.uint32)
+        inside_x = h.to(tl.uint32) < tl.cast(H, tl.uint32)
         if IN_BITS:
             row += slot % n_q * (PIXELS * STRIDE_W)
             inside_x = (tl.where(inside_x, columns, 0)[None, :] & bit[:, None]) != 0

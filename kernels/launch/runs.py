@@ -35,11 +35,12 @@ def prepare(
     inner = inner_runs_of(flat, pass_, rows) and not batch_invariant
     if inner or _lies_right(flat, pass_, rows):
         return flat, rows, []
-    wide = problem.in_aligned_rows
+    # A slice of a batch may start beside an aligned address where the batch does not: its sums keep the order of runs.
+    wide, image = (flat.in_aligned_rows, rows) if batch_invariant else (problem.in_aligned_rows, x)
     if wide.runs(x.itemsize, pass_) is None:
         return None
     copy = scratch(torch.empty(wide.x_shape, dtype=x.dtype, device=x.device))
-    return wide, copy, [plan_widen(x, copy, gpu=gpu)]
+    return wide, copy, [plan_widen(image, copy, gpu=gpu)]
 
 
 def _lies_right(problem: Conv2dProblem, pass_: str, x: torch.Tensor) -> bool:
