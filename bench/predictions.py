@@ -125,7 +125,11 @@ def _runs_of(arguments: Mapping[str, Any]) -> Any:
     """The inner runs that a launch was planned with; None if it has others, which follow from its problem."""
     from tileconv.kernels.geometry import Runs
 
-    return Runs(arguments["RUN"], 0, arguments["ALIGN"], True, arguments["CLASSES"]) if "CLASSES" in arguments else None
+    return (
+        Runs(arguments["RUN"], 0, arguments["ALIGN"], inner=True, classes=arguments["CLASSES"])
+        if "CLASSES" in arguments
+        else None
+    )
 
 
 def _shared(found: dict[int, tuple[Any, int, int]], needed: int) -> dict[int, tuple[Any, int, int]]:
@@ -161,9 +165,7 @@ def _problems(case: Case, products: Sequence[Any], gpu: Any) -> list[tuple[Any, 
         _, channels, _, width = products[0].arguments["x"].shape
         flat = problem.interleaved if channels != problem.C else problem
         return [(flat.widened(width), problem, pass_)]
-    if tiles.first_layer(problem, pass_, DTYPES[case.dtype], case.precision, gpu):
-        return [(problem.space_to_depth, problem, pass_)]
-    return [(problem, problem, pass_)]
+    return [(tiles.blocked(problem, pass_, DTYPES[case.dtype], case.precision, gpu), problem, pass_)]
 
 
 def _arithmetic(case: Case, launches: Sequence[Any], gpu: Any) -> dict[int, tuple[int, float]]:

@@ -148,9 +148,7 @@ def _inner(shape: Shape, pass_: str, dtype: str, gpu: Any) -> list[Any]:
     problem = conv_problem(shape)
     if pass_ == "dgrad":
         return [part.problem for part in problem.dgrad]
-    return (
-        [problem.space_to_depth] if tiles.first_layer(problem, pass_, DTYPES[dtype], _level(dtype), gpu) else [problem]
-    )
+    return [tiles.blocked(problem, pass_, DTYPES[dtype], _level(dtype), gpu)]
 
 
 def _level(dtype: str) -> str:

@@ -86,8 +86,7 @@ def units(case: Case, shape: Shape, gpu: hardware.GPU) -> list[Unit]:
         return []
     if case.pass_ == "dgrad":
         return [Unit(case, shape, layer, part.problem, part) for part in layer.dgrad if part.problem.taps]
-    blocked = tiles.first_layer(layer, case.pass_, dtype, case.precision, gpu)
-    return [Unit(case, shape, layer, layer.space_to_depth if blocked else layer)]
+    return [Unit(case, shape, layer, tiles.blocked(layer, case.pass_, dtype, case.precision, gpu))]
 
 
 class Operands:

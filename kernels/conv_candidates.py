@@ -19,7 +19,7 @@ def clean_candidates(
     problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> list[ConvTile]:  # fmt: skip
     """The tiles that compile to clean loops, see tests/test_inspect.py."""
-    if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
+    if not fp32.on_tensor_cores(dtype, precision):
         return _scalar_candidates(problem, pass_, dtype, gpu)
     read = fp32.multiplied(dtype, precision)
     found = _gather_candidates(problem, pass_, read, gpu)
@@ -28,9 +28,7 @@ def clean_candidates(
             _wgrad_candidates(problem, read, gpu) if pass_ == "wgrad" else _box_candidates(problem, pass_, read, gpu)
         )
         found = boxes + found
-    if read != dtype:
-        return _of_parts(problem, pass_, found, precision, gpu)
-    return [tile for tile in found if not _box_waits(tile, problem, pass_, dtype, gpu)]
+    return found if read == dtype else _of_parts(problem, pass_, found, precision, gpu)
 
 
 def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precision: str, gpu: GPU) -> list[ConvTile]:
@@ -121,17 +119,10 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
             if stages == most == 4:  # fewer buffers may let one more program onto the SM
                 tile = replace(tile, num_stages=3)
                 found += [tile, *_shared_depth(problem, tile, gpu)]
-    return [tile for tile in found if not (odd and tile.tail)]
-
-
-def _box_waits(tile: ConvTile, problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> bool:
-    """Whether a box's products wait for each other, forward or in a gradient, as compiled for sm_90.
-
-    Those of 256 + 128 turned 2-byte filters of one tap do where the last 128 are shared, in their loop of 128 alone.
-    """
-    if gpu.arch // 10 != 9 or pass_ != "dgrad" or dtype.itemsize != 2:
-        return False
-    return problem.taps == 1 and bool(tile.narrow) and tile.block_k2 > 64
+    # As with one tap above, compiled for sm_90: where the last 128 of 256 + 128 turned 2-byte filters are shared, their
+    # products wait in the loop of 128 alone.
+    alone = gpu.arch // 10 == 9 and pass_ == "dgrad" and problem.taps == 1 and dtype.itemsize == 2
+    return [tile for tile in found if not (tile.tail and (odd or (alone and tile.narrow and tile.block_k2 > 64)))]
 
 
 def _boxes(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:
@@ -274,7 +265,7 @@ def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
     # Channels that do not come in 16 bytes are fetched one by one, those of fp16 through registers; filters that do not
     # come in 8 bytes are stored one by one: with four warps 128 x 128 spills 2586 times and 128 x 64 161 times, with
     # eight warps 128 x 64 never.
-    narrow = problem.group_channels * dtype.itemsize % 16 != 0 or problem.group_filters * dtype.itemsize % 8 != 0
+    narrow = not _wide(problem, dtype)
     depth, stages = 64 // dtype.itemsize, _gather_stages(gpu)
     most = 8192 if dtype == torch.float32 or narrow else 16_384
     found = [
@@ -293,6 +284,11 @@ def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
             for pixels, block_k, block_c, warps in found]  # fmt: skip
 
 
+def _wide(problem: Conv2dProblem, dtype: torch.dtype) -> bool:
+    """Whether pointers fetch channels 16 bytes at a time and store filters 8 at a time."""
+    return problem.group_channels * dtype.itemsize % 16 == 0 and problem.group_filters * dtype.itemsize % 8 == 0
+
+
 def _gather_stages(gpu: GPU) -> int:
     return 4 if gpu.shared_block > 120_000 else 3
 
@@ -300,8 +296,9 @@ def _gather_stages(gpu: GPU) -> int:
 def _gather_gradient_tiles(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     """The tiles of a filter gradient, their pixels not yet split."""
     depth = 64 // dtype.itemsize
-    wide = problem.group_channels * dtype.itemsize % 16 == 0 and problem.group_filters * dtype.itemsize % 8 == 0
-    if gpu.arch < 90 and wide and problem.N % depth == 0:  # steps of whole images: few registers go into addresses
+    if (
+        gpu.arch < 90 and _wide(problem, dtype) and problem.N % depth == 0
+    ):  # steps of whole images: few registers go into addresses
         sizes = [(32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
         found = [(pixels, *size) for pixels in (depth, 2 * depth) if problem.N % pixels == 0 for size in sizes]
         if problem.N % (2 * depth) == 0:
@@ -318,8 +315,8 @@ def _gather_gradient_tiles(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU)
     ]
 
 
-# (pixels, filters, depth of a step, warps): 64 sums a thread, for each of which a step has 1.12 to 1.16 instructions a
-# product; with 32 it is 1.25.  No more than 32 fit beside the addresses of elements that come one by one.
+# (pixels, filters, depth of a step, warps): 64 sums a thread, which take 1.12 to 1.16 instructions a product; 32 take
+# 1.25, and no more of them fit beside the addresses of elements that come one by one.
 _SCALAR = ((64, 64, 16, 2), (128, 64, 16, 4), (64, 128, 16, 4), (128, 128, 16, 8))
 _SCALAR_BOXES = (*_SCALAR, (128, 64, 32, 4), (128, 128, 32, 8))
 _SCALAR_NARROW = ((64, 64, 16, 4),)
@@ -331,8 +328,7 @@ _SCALAR_WGRAD_BOXES = (*_SCALAR_WGRAD_WIDE, (32, 64, 64, 4), (32, 128, 128, 8))
 
 def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     """fp64, and fp32 at its own precision: registers, not tensor cores, set the size."""
-    wide = problem.group_channels * dtype.itemsize % 16 == 0 and problem.group_filters * dtype.itemsize % 8 == 0
-    wgrad = pass_ == "wgrad"
+    wide, wgrad = _wide(problem, dtype), pass_ == "wgrad"
     by_pointers: Sequence[tuple[int, int, int, int]]
     by_boxes: Sequence[tuple[int, int, int, int]]
     if wgrad:

@@ -179,7 +179,7 @@ def predict(
     else:
         shape = _wgrad_shape(problem, tile) if pass_ == "wgrad" else _fprop_shape(problem, tile)
     products, read_type = fp32.products(precision), fp32.multiplied(dtype, precision)
-    on_tensor_cores = item == 2 or precision != "ieee"
+    on_tensor_cores = fp32.on_tensor_cores(dtype, precision)
     if tile.formulation == "gather":
         shape = replace(shape, fetch=_fetch(problem, pass_, tile, read_type, on_tensor_cores))
     shape = replace(shape, steps=shape.steps * products)
@@ -466,12 +466,14 @@ class _Rates:
         before, a_load = (90, 5) if shape.inner else (60, 11)
         loads = a_load * shape.loads * shape.columns * shape.depth / (32 * tile.num_warps)
         fetched = shape.fetch * self.stage / 16 / (32 * tile.num_warps)
-        on_tensor_cores = dtype.itemsize == 2 or precision == "tf32"
         lasting = min(TENSOR_LOAD, gpu.sync_share) if shape.fragments or shape.rows < 64 else TENSOR_LOAD
         self.tensor = flops * gpu.clock * gpu.sms / gpu.peak(dtype, precision) / lasting
         if shape.fragments:
             instructions, self.shared = _by_fragments(shape, tile)
-        elif gpu.arch >= 90 and on_tensor_cores:
+        elif not fp32.on_tensor_cores(dtype, precision):
+            # Nearly all of them are products: they are taken to last as those of tensor cores do.
+            instructions, self.shared = (_fused(shape, tile) + fetched) / TENSOR_LOAD, 0.0
+        elif gpu.arch >= 90:
             products, reads = _warp_groups(shape, tile)
             products *= shape.depth * dtype.itemsize / 32
             # Compiled loops: 87 instructions and two for each product of a warp, 30 more for a second row of products,
@@ -485,18 +487,12 @@ class _Rates:
             if loads:  # their way into shared memory is shorter than the copy engine's: 128 bytes a cycle too
                 self.shared += self.stage / 128
         else:
-            products = flops / 4096 / tile.num_warps if on_tensor_cores else flops / 64 / tile.num_warps
+            products = flops / 4096 / tile.num_warps
             # Compiled for sm_80, 42 loops of fp16 lie within 14 % of this, and 4-byte operands read more for a product.
             each = 1.05 if dtype.itemsize == 2 else 1.4
-            instructions = 62 + fetched + each * products
-            if not on_tensor_cores:
-                instructions = _fused(shape, tile) + fetched
-            if loads:
-                instructions = 30 + 1.5 * products + loads
+            instructions = (30 + 1.5 * products + loads) if loads else (62 + fetched + each * products)
             self.shared = 0.0
         self.issue = instructions * tile.num_warps / 4
-        if not on_tensor_cores:  # nearly all of them are products: they are taken to last as those of tensor cores do
-            self.issue /= TENSOR_LOAD
         # What waits for the step before, and lets that after it wait: operands on their way in registers.
         self.alone = 0.0
         self.stages_ahead = max(1, tile.num_stages - 1)

@@ -38,6 +38,11 @@ def products(precision: str) -> int:
     return parts(precision) * (parts(precision) + 1) // 2
 
 
+def on_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
+    """Whether products of `dtype` run there; the others are fused multiply-adds."""
+    return dtype.itemsize == 2 or (dtype == torch.float32 and precision != "ieee")
+
+
 def multiplied(dtype: torch.dtype, precision: str) -> torch.dtype:
     """What the multiplying units read for operands of `dtype`.  Raises ValueError if `precision` cannot split it."""
     if parts(precision) == 1:

@@ -61,7 +61,7 @@ def why_impossible(
         return f"one kernel needs tensor descriptors (sm_90 or newer); this is {gpu.name}"
     if fp32.parts(precision) > 1:
         return f"precision={precision!r} multiplies parts of fp32, which the kernel that pools does not read"
-    if dtype.itemsize > 2 and (dtype, precision) != (torch.float32, "tf32"):
+    if not fp32.on_tensor_cores(dtype, precision):
         return f"products of {dtype} at precision={precision!r} do not run on tensor cores"
     if tiles.first_layer(problem, "fprop", dtype, precision, gpu):
         return "a first layer runs on blocks of its image, which the kernel that pools does not read"

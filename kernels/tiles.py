@@ -26,11 +26,15 @@ def first_layer(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precisio
     block's zeros are multiplied in full (docs/tried.md).
     """
     few = problem.C <= 4 and max(problem.stride) > 1 and problem.dilation == (1, 1) and problem.groups == 1
-    on_tensor_cores = dtype.itemsize == 2 or precision != "ieee"
-    formulation = forced().get("formulation", None if on_tensor_cores else "gather")
+    formulation = forced().get("formulation", None if fp32.on_tensor_cores(dtype, precision) else "gather")
     if not few or pass_ == "dgrad" or formulation == "gather":
         return False
     return gpu.has_descriptors and addressable(problem.space_to_depth, pass_, dtype)
+
+
+def blocked(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> Conv2dProblem:
+    """The problem that a tile of fprop or wgrad is chosen for: problem.space_to_depth of a first layer, else itself."""
+    return problem.space_to_depth if first_layer(problem, pass_, dtype, precision, gpu) else problem
 
 
 def formulations(
@@ -40,7 +44,7 @@ def formulations(
     found = []
     for name in FORMULATIONS:
         with override(formulation=name):
-            inner = problem.space_to_depth if first_layer(problem, pass_, dtype, precision, gpu) else problem
+            inner = blocked(problem, pass_, dtype, precision, gpu)
         tile = _choose(inner, pass_, dtype, precision, gpu, name)
         if why_invalid(tile, inner, pass_, dtype, precision, gpu) is None:
             found.append(name)
