@@ -244,9 +244,10 @@ def inspect(
     console = Console()
     started = datetime.now(UTC)
     try:
-        if from_model is not None and ":" not in from_model:
-            raise ValueError(f"from_model={from_model!r} must be module:callable, such as mymodels:resnet")
-        suite = from_model or suite
+        if from_model is not None:
+            from .recorded import parted
+
+            suite = ":".join(parted(from_model))
         archs = [known("arch", a, ARCHS) for a in arch or ["sm_90"]]
         forced = _tile_fields(override or [])
         todo = cases(suite, batch, dtype or ["fp16"], pass_ or PASSES, layer or ())

@@ -7,7 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from tileconv.model.version import own_version
+from tileconv.model import version
 
 from .records import Commit, Device, Machine, Versions, slug
 from .workers import describe_error
@@ -51,17 +51,11 @@ def no_device(name: str) -> Device:
 
 def versions() -> Versions:
     """Versions of all that shapes a result."""
-    import numpy
     import torch
-    import triton
 
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     return Versions(
-        python=platform.python_version(),
-        torch=str(torch.__version__),
-        triton=triton.__version__,
-        numpy=numpy.__version__,
-        tileconv=own_version(),
+        **version.versions(),
         cuda=torch.version.cuda,
         cudnn=None if cudnn is None else str(cudnn),
         driver=_driver() if torch.cuda.is_available() else None,

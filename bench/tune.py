@@ -246,11 +246,11 @@ def tune(
     try:
         if not hardware.has_gpu() or hardware.interpreting():
             raise ValueError("tune needs a CUDA GPU, and there is none here: nothing was timed, nothing was written")
-        environment.require_launches()
         path, before = _table(out)
         gpu = hardware.gpu_of(torch.device("cuda"))
         asked = cases(suite, batch, dtype or ["fp16"], pass_ or conv_tile.PASSES, layer or ())
         todo = [unit for case in asked for unit in units(case, shape_of(case), gpu)]
+        environment.require_launches()
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     done: list[Outcome] = []

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .cases import DTYPES
 from .check import CHOSEN, answered
-from .images import NO_DIGITS, NOISE, smooth_noise
+from .images import NO_DIGITS, images, smooth_noise
 from .networks import known
 from .records import finite
 from .workers import Progress, Task, serve
@@ -75,14 +75,10 @@ def pictures(name: str, batch: int, size: int) -> tuple[Tensor, Tensor, str]:
 
     Where the package that carries them is missing they are noise, and the third, else empty, says so.
     """
-    from tileconv.model.data import photographs
-
     numbered = torch.arange(batch) % 10
     if name != "lenet":
-        try:
-            return photographs(batch, size), numbered, ""
-        except ImportError:
-            return smooth_noise(batch, 3, size, NOISE_SEED), numbered, NOISE
+        x, noise = images(batch, size, NOISE_SEED)
+        return x, numbered, noise
     try:
         kept = _digits()
     except ImportError:

@@ -362,12 +362,10 @@ def test_nan_and_infinity_go_where_torch_sends_them(channels: int, stride: int) 
 def test_programs_that_read_nothing_give_zero(groups: int) -> None:
     """A kernel goes through its loop once even there, and must meet no element: an infinite one would leave NaN."""
     x = torch.full((16, 32, 1, 2), torch.inf).contiguous(memory_format=CHANNELS_LAST)
-    b = torch.randn(32)
+    w, b = torch.full((32, 32 // groups, 1, 1), torch.inf), torch.randn(32)
     with tiles.override(formulation="pixel"):
-        y = tk.conv2d(x, torch.full((32, 32 // groups, 1, 1), torch.inf), b, padding=(1, 2), groups=groups)
-        pooled = tk.conv2d_max_pool2d(
-            x, torch.full((32, 32 // groups, 1, 1), torch.inf), b, padding=(1, 2), groups=groups, pool_kernel_size=1
-        )
+        y = tk.conv2d(x, w, b, padding=(1, 2), groups=groups)
+        pooled = tk.conv2d_max_pool2d(x, w, b, padding=(1, 2), groups=groups, pool_kernel_size=1)
         around = torch.ones(y.shape[2:], dtype=torch.bool)
         around[1, 2:4] = False
         assert torch.equal(y[..., around], b[:, None].expand(16, -1, int(around.sum())))
