@@ -38,6 +38,7 @@ EPS = {
 }
 # What a call without `precision` may compute in: the others are inspected, not checked or timed.
 DEFAULT_DTYPES = ("fp16", "bf16", "tf32", "fp32", "fp64")
+MEMORY_FORMATS = ("channels_last", "contiguous")
 STEP = "step"  # a whole network's training step: forward, backward and update
 PASSES = ("fprop", "dgrad", "wgrad", "forward", "backward", STEP)
 FORWARD = ("fprop", "forward")
@@ -56,13 +57,14 @@ PASSES_OF = (
 
 @dataclass(frozen=True)
 class Case:
-    """One pass of one layer at one batch size and dtype."""
+    """One pass of one layer at one batch size and dtype, its operands in one memory format (one of MEMORY_FORMATS)."""
 
     network: str
     layer: str
     pass_: str
     batch: int
     dtype: str
+    memory_format: str = MEMORY_FORMATS[0]
 
     def to_json(self) -> dict[str, Any]:
         """As a worker reads it."""
@@ -74,7 +76,8 @@ class Case:
         return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
 
     def __str__(self) -> str:
-        return f"{self.network}/{self.layer}/{self.pass_}/{self.dtype}/n{self.batch}"
+        name = f"{self.network}/{self.layer}/{self.pass_}/{self.dtype}/n{self.batch}"
+        return name if self.memory_format == MEMORY_FORMATS[0] else f"{name}/{self.memory_format}"
 
     @property
     def precision(self) -> str:
@@ -100,22 +103,24 @@ def cases(
     dtypes: Sequence[str] = ("fp16",),
     passes: Sequence[str] = PASSES,
     layers: Sequence[str] = (),
+    memory_format: str = MEMORY_FORMATS[0],
 ) -> list[Case]:
     """Every layer of a suite (or those named) in every dtype and pass asked for that it has.
 
     suite: as network_layers. batch: None is each layer's own. Raises ValueError, with the nearest names, for an unknown
-    suite, dtype, pass or layer, for a batch below 1, and for one where the suite has its own.
+    suite, dtype, pass, layer or memory format, for a batch below 1, and for one where the suite has its own.
     """
     chosen = suite_of(suite)
     for dtype in dtypes:
         known("dtype", dtype, DTYPES)
     for name in passes:
         known("pass", name, PASSES)
+    known("memory_format", memory_format, MEMORY_FORMATS)
     shapes = chosen.shapes(batch)
     for layer in layers:
         known("layer", layer, [shape.name for shape in shapes])
     return [
-        Case(suite, shape.name, pass_, shape.input[0], dtype)
+        Case(suite, shape.name, pass_, shape.input[0], dtype, memory_format)
         for dtype in dtypes
         for pass_ in dict.fromkeys(passes)
         for shape in shapes
@@ -125,12 +130,15 @@ def cases(
 
 def find_case(text: str) -> Case:
     """The case that `str(case)` names. Raises ValueError, with the nearest names, for one that there is not."""
-    parts = text.rsplit("/", 4)
+    last = text.rpartition("/")[2]
+    memory_format = last if last in MEMORY_FORMATS else MEMORY_FORMATS[0]
+    parts = text.removesuffix(f"/{memory_format}").rsplit("/", 4)
     batch = parts[-1].removeprefix("n")
     if len(parts) != 5 or not batch.isdecimal():
         raise ValueError(f"case={text!r} must be suite/layer/pass/dtype/nBATCH, such as alexnet/conv2/fprop/fp16/n128")
     network, layer, pass_, dtype = parts[:4]
-    case = Case(network, layer, known("pass", pass_, PASSES), int(batch), known("dtype", dtype, DTYPES))
+    known("pass", pass_, PASSES)
+    case = Case(network, layer, pass_, int(batch), known("dtype", dtype, DTYPES), memory_format)
     known(f"pass of {layer}", pass_, passes_of(shape_of(case)))
     return case
 
@@ -147,7 +155,8 @@ def shape_of(case: Case) -> Shape:
 
 def parts(case: Case) -> list[Case]:
     """A whole network's pass as those of its layers, one by one: all of them for a training step."""
-    return cases(case.layer, case.batch, [case.dtype], FORWARD if case.pass_ == "forward" else PASSES)
+    passes = FORWARD if case.pass_ == "forward" else PASSES
+    return cases(case.layer, case.batch, [case.dtype], passes, memory_format=case.memory_format)
 
 
 def flops_of(case: Case) -> int | None:
@@ -199,4 +208,5 @@ def launches(case: Case, gpu: Any) -> list[Any]:
     shape = shape_of(case)
     if shape.op == "network":
         return [launch for part in parts(case) for launch in launches(part, gpu)]
-    return plan(shape, case.pass_, Setting(DTYPES[known("dtype", case.dtype, DTYPES)], case.precision, gpu))
+    dtype, channels_last = DTYPES[known("dtype", case.dtype, DTYPES)], case.memory_format == "channels_last"
+    return plan(shape, case.pass_, Setting(dtype, case.precision, gpu, channels_last))

@@ -209,6 +209,10 @@ def inspect(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Batch size of the launches. Default: the suite's own.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="A layer's name; may be given again. Default: all.")] = None,
+    memory_format: Annotated[
+        str,
+        typer.Option(help="Of activations and weights: channels_last, or contiguous, with the kernels that turn them."),
+    ] = "channels_last",
     jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 2,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write a record, which `tileconv report` renders.")
@@ -233,7 +237,7 @@ def inspect(
     """
     from datetime import UTC, datetime
 
-    from .cases import PASSES, cases
+    from .cases import MEMORY_FORMATS, PASSES, cases
     from .inspect import ARCHS, inspect_all
     from .job import inspection_record
     from .networks import known
@@ -250,9 +254,11 @@ def inspect(
             suite = ":".join(parted(from_model))
         archs = [known("arch", a, ARCHS) for a in arch or ["sm_90"]]
         forced = _tile_fields(override or [])
-        todo = cases(suite, batch, dtype or ["fp16"], pass_ or PASSES, layer or ())
+        todo = cases(suite, batch, dtype or ["fp16"], pass_ or PASSES, layer or (), memory_format)
         if not todo:
             raise ValueError("no layer of the suite has such a pass: nothing to inspect")
+        if peers and memory_format != MEMORY_FORMATS[0]:
+            raise ValueError(f"memory_format={memory_format!r}: --peers compares {MEMORY_FORMATS[0]} kernels alone")
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise ValueError(f"json={str(json_file)!r}: its directory does not exist")
         with steps(Console(stderr=True)) as progress:
@@ -263,8 +269,9 @@ def inspect(
             if peers:
                 others = inspect_peers(todo, archs, jobs=jobs, cached=not no_cache, progress=progress("peers"))
         batches = [] if batch is None else [str(batch)]
+        formats = [memory_format] if memory_format != MEMORY_FORMATS[0] else []
         chosen = {"batch": batches, "arch": archs, "dtype": dtype or [], "pass": pass_ or [], "layer": layer or [],
-                  "override": override or []}  # fmt: skip
+                  "override": override or [], "memory-format": formats}  # fmt: skip
         options = [f"--{name} {value}" for name, values in chosen.items() for value in values]
         options += ["--peers"] if peers else []
         which = f"--from-model {suite}" if from_model else f"--suite {suite}"

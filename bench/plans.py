@@ -1,7 +1,7 @@
 """The launches that one pass of a layer makes, on meta tensors: planned as the operators plan them, and not run.
 
-Activations and convolution weights are channels_last, the native layout; the images that a network reads are
-contiguous, as data loaders give them. Forward max-pools write switches, as in training.
+Activations and convolution weights are channels_last, the native layout, or contiguous; the images that a network reads
+are contiguous, as data loaders give them. Forward max-pools write switches, as in training.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ from .problems import conv_pool_problem, conv_problem, has_bias, output_shape, p
 
 @dataclass(frozen=True)
 class Setting:
-    """What is planned for: element type, precision of 4-byte products, and GPU (kernels.hardware.GPU)."""
+    """What is planned for: element type, precision of 4-byte products, GPU (kernels.hardware.GPU), images' layout."""
 
     dtype: torch.dtype
     precision: str
     gpu: Any
+    channels_last: bool = True
 
     def empty(self, *extents: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A meta tensor, an image channels_last."""
-        images = torch.channels_last if len(extents) == 4 else torch.contiguous_format
+        """A meta tensor, an image in the memory format."""
+        images = torch.channels_last if self.channels_last and len(extents) == 4 else torch.contiguous_format
         return torch.empty(extents, dtype=dtype or self.dtype, device="meta", memory_format=images)
+
+    def gradient(self, weight: torch.Tensor) -> torch.Tensor:
+        """Of a convolution's weight, channels_last as its operator makes it."""
+        return torch.empty_like(weight, memory_format=torch.channels_last)
 
     def operand(self, op: str, extents: tuple[int, ...]) -> torch.Tensor:
         """What a convolution takes for an operand of `op`: linear and conv1d bring no image, and make one of theirs.
@@ -95,7 +100,7 @@ def _conv(shape: Shape, pass_: str, s: Setting) -> list[Any]:
     elif pass_ == "dgrad":
         planned = conv.plan_dgrad(problem, y, w, x, gpu=s.gpu, precision=s.precision)
     elif pass_ == "wgrad":
-        planned = conv.plan_wgrad(problem, y, x, w, gpu=s.gpu, precision=s.precision)
+        planned = conv.plan_wgrad(problem, y, x, s.gradient(w), gpu=s.gpu, precision=s.precision)
     else:
         planned = _epilogue_backward(shape, y, s)
     return planned
@@ -111,7 +116,7 @@ def _conv_pool(shape: Shape, pass_: str, s: Setting) -> list[Any]:
         x = x.contiguous()
     planned: list[Any] = conv_pool.plan(
         problem, pool, x, w, s.empty(problem.K) if has_bias(shape) else None, y, s.empty(*y.shape, dtype=torch.uint8),
-        gpu=s.gpu, activation="relu", precision=s.precision, channels_last=True, batch_invariant=False,
+        gpu=s.gpu, activation="relu", precision=s.precision, channels_last=s.channels_last, batch_invariant=False,
     )  # fmt: skip
     return planned
 
@@ -131,7 +136,7 @@ def _transposed(shape: Shape, pass_: str, s: Setting) -> list[Any]:
     if pass_ == "dgrad":
         planned = conv.plan_fprop(problem, image, w, None, x, **common)
     elif pass_ == "wgrad":
-        planned = conv.plan_wgrad(problem, x, image, w, **common)
+        planned = conv.plan_wgrad(problem, x, image, s.gradient(w), **common)
     else:
         planned = _epilogue_backward(shape, image, s)
     return planned
@@ -148,7 +153,7 @@ def _im2col(shape: Shape, pass_: str, s: Setting) -> list[Any]:
     matrix = cols.mT.unflatten(1, (problem.P, problem.Q)).permute(0, 3, 1, 2)
     w = s.empty(*product.w_shape)
     common: dict[str, Any] = {"gpu": s.gpu, "precision": s.precision}
-    run = problem.group_channels  # of a channels_last image
+    run = problem.group_channels if s.channels_last else 1
     if pass_ == "fprop":
         bias = s.empty(problem.K) if has_bias(shape) else None
         first = unfold.plan_unfold(problem, x, cols, run, gpu=s.gpu)
@@ -156,7 +161,7 @@ def _im2col(shape: Shape, pass_: str, s: Setting) -> list[Any]:
     if pass_ == "dgrad":
         return [*conv.plan_dgrad(product, y, w, matrix, **common), unfold.plan_fold(problem, cols, x, run, gpu=s.gpu)]
     if pass_ == "wgrad":
-        planned: list[Any] = conv.plan_wgrad(product, y, matrix, w, **common)
+        planned: list[Any] = conv.plan_wgrad(product, y, matrix, s.gradient(w), **common)
         return planned
     return _epilogue_backward(shape, y, s)
 

@@ -31,8 +31,8 @@ def predictions(case: Case, launches: Sequence[Any], gpu: Any) -> list[dict[str,
     if shape_of(case).op == "network":
         return _together(case, launches, gpu)
     pools = shape_of(case).op == "conv2d_max_pool2d"
-    if pools and launches[0].kernel.__name__ == "fprop_pool":
-        return [_pooled(case, launches[0], gpu)]
+    if pools and launches[-1].kernel.__name__ == "fprop_pool":
+        return [_moved(case, launch, gpu) for launch in launches[:-1]] + [_pooled(case, launches[-1], gpu)]
     multiplies = pools or case.pass_ in ("fprop", "dgrad", "wgrad")
     known = _products(case, launches, gpu) if multiplies else {}
     own = _arithmetic(case, launches, gpu) if multiplies and not known else {}
@@ -83,6 +83,15 @@ def _pooled(case: Case, launch: Any, gpu: Any) -> dict[str, Any]:
     bytes_ = traffic(launch)
     if bytes_ is not None:
         row |= {"bytes_read": bytes_.read, "bytes_written": bytes_.written, "bytes_least": bytes_.least}
+    return row
+
+
+def _moved(case: Case, launch: Any, gpu: Any) -> dict[str, Any]:
+    """A kernel before the one that convolves and pools."""
+    row, bytes_ = NOTHING | {"floor_us": _floor(case, [launch], gpu), "dram_gbs": gpu.dram / 1e9}, traffic(launch)
+    if bytes_ is not None:
+        row |= {"bytes_read": bytes_.read, "bytes_written": bytes_.written, "bytes_least": bytes_.least}
+        row |= _streamed(bytes_, launch, gpu)
     return row
 
 

@@ -119,7 +119,7 @@ def _fprop_box(a: Arguments) -> Traffic:
         filters += r_count * s_count * sum(_filter_elements(a, r, s) for r, s in taps)
     whole, partial, bias = _outputs(a, filter_tiles, h_ranges.total() * w_ranges.total())
     bias_bytes = bias * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
-    written = whole * _itemsize(a["y"]) + partial * 4
+    written = partial * 4 + (0 if a["y"] is None else whole * _itemsize(a["y"]))
     weights = groups * K * C * a["R"] * a["S"] * size * a["PARTS"]
     least = _image_bytes(a) + weights + written + (groups * K * _itemsize(a["bias"]) if bias_bytes else 0)
     finished = a["FULL"] * (2 if a["BLOCK_K2"] else 1) + len(narrow) * (1 + more)

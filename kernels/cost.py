@@ -125,6 +125,19 @@ def turn_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
     return sum(streaming_us(2 * dtype.itemsize * math.prod(shape), gpu) for shape in (problem.x_shape, problem.y_shape))
 
 
+def filters_turned(dtype: torch.dtype, precision: str) -> bool:
+    """Whether an input gradient's boxes read a copy of the filters that has the channels first.
+
+    Tensor cores read 4-byte operands along the depth only: as they lie, products wait for a turn in registers.
+    """
+    return dtype == torch.float32 and precision == "tf32"
+
+
+def filters_turn_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
+    """The kernel that makes that copy."""
+    return streaming_us(2 * dtype.itemsize * math.prod(problem.w_shape), gpu)
+
+
 def streaming_us(bytes_moved: int, gpu: GPU) -> float:
     """A memory-bound kernel, with its start."""
     return LAUNCH_US + 1e6 * bytes_moved / (gpu.dram * DRAM_LOAD)

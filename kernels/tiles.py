@@ -241,6 +241,8 @@ def _cost(
     us = cost.weighed_us(predicted, gpu)
     if pass_ == "wgrad" and tile.formulation == "pixel" and cost.turned(problem, dtype, precision, gpu):
         us += cost.turn_us(problem, dtype, gpu)
+    if pass_ == "dgrad" and tile.formulation != "gather" and cost.filters_turned(dtype, precision):
+        us += cost.filters_turn_us(problem, dtype, gpu)
     # Tensor cores of half the width (sm_86, sm_89) hide any tile's instructions and traffic; they cost power still.
     us += 0.0 if gpu.arch >= 90 else 0.2 * (predicted.issue_us + predicted.l2_us)
     return us, predicted.loop_us, predicted.issue_us

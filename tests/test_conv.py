@@ -115,7 +115,21 @@ def test_a_strided_input_gradient_runs_as_boxes() -> None:
 def test_a_strided_input_gradient_is_one_launch_a_residue() -> None:
     problem = Conv2dProblem(2, 16, 9, 9, 16, 3, 3, (2, 3), ((1, 1), (1, 1)))
     dy, w, dx = (torch.empty(shape) for shape in (problem.y_shape, problem.w_shape, problem.x_shape))
-    assert len(launch_conv.plan_dgrad(problem, dy, w, dx, gpu=hardware.INTERPRETER)) == 2 * 3
+    launches = launch_conv.plan_dgrad(problem, dy, w, dx, gpu=hardware.INTERPRETER)
+    turns = ["turn"] * 2, ["turn"]  # contiguous operands are turned once, and so is what all residues make
+    assert [launch.kernel.__name__ for launch in launches] == [*turns[0], *["fprop_box"] * 2 * 3, *turns[1]]
+
+
+@pytest.mark.parametrize(("batch", "turned"), [(1, ["turn"]), (128, ["turn", "turn"])], ids=["small", "large"])
+def test_a_large_contiguous_output_is_made_channels_last_and_turned(batch: int, turned: list[str]) -> None:
+    problem = Conv2dProblem(batch, 64, 13, 13, 32, 3, 3, padding=((1, 1), (1, 1)))
+    x, w, y = (torch.empty(s, dtype=torch.float16, device="meta") for s in (problem.x_shape, problem.w_shape,
+                                                                            problem.y_shape))  # fmt: skip
+    w = w.to(memory_format=torch.channels_last)
+    launches = launch_conv.plan_fprop(problem, x, w, None, y, gpu=hardware.GPUS["H100"])
+    assert [launch.kernel.__name__ for launch in launches if launch.kernel.__name__ == "turn"] == turned
+    assert launches[0].arguments["x"].untyped_storage()._cdata == x.untyped_storage()._cdata
+    assert launches[-1].arguments["y"].untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

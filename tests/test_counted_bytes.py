@@ -194,6 +194,14 @@ def test_odd_channels_with_their_copies():
     agrees([*fprop, *dgrad, *wgrad])
 
 
+def test_contiguous_operands_with_their_turns():
+    problem = square(1, C=19, K=32, groups=1)
+    x, w, bias, y = (None if t is None else t.contiguous() for t in tensors(problem))
+    launches = [*conv.plan_fprop(problem, x, w, bias, y, gpu=GPU), *conv.plan_dgrad(problem, y, w, x, gpu=GPU)]
+    assert [launch.kernel.__name__ for launch in launches].count("turn") >= 4
+    agrees(launches)
+
+
 def test_first_layer_with_its_rearrangements():
     problem = Conv2dProblem(N=2, C=3, H=19, W=23, K=16, R=5, S=5, stride=(3, 3), padding=((2, 2), (1, 1)))
     x, w, bias, y = tensors(problem)

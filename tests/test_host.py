@@ -113,8 +113,15 @@ def test_tensors_between_multiples_of_16_bytes_are_planned_for_themselves() -> N
 def test_copies_are_made_in_every_call(planned: dict[str, int]) -> None:
     w = image(16, 8, 3, 3)
     for _ in range(2):
-        tk.conv2d(torch.randn(1, 8, 7, 6), w)  # contiguous: no descriptor can address it
+        tk.conv2d(torch.randn(1, 8, 7, 12)[..., ::2], w)  # neither its pixels nor its channels lie together
     assert planned["launches"] == 2 and planned["layouts"] == 3, "once to see that it copies, then for each call"
+
+
+def test_contiguous_operands_are_planned_once(planned: dict[str, int]) -> None:
+    w = torch.randn(16, 8, 3, 3)
+    for _ in range(2):
+        tk.conv2d(torch.randn(1, 8, 7, 6), w)
+    assert planned["layouts"] == 1 and planned["launches"] == 2 * 4, "x and w are turned, and the result"
 
 
 CALLS: dict[str, Callable[[], Callable[[], Any]]] = {

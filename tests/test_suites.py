@@ -195,7 +195,8 @@ def test_telling_layers_come_first_and_then_the_heaviest():
 
 def test_cases_are_found_by_their_names():
     case = Case("odd-sizes", "batch-127", "fprop", 127, "fp16")
-    assert cases.find_case(str(case)) == case == Case.from_json(json.loads(json.dumps(case.to_json())))
+    for one in (case, replace(case, memory_format="contiguous")):
+        assert cases.find_case(str(one)) == one == Case.from_json(json.loads(json.dumps(one.to_json())))
     for text, message in (
         ("alexnet/conv2", "must be suite/layer/pass/dtype/nBATCH"),
         ("alexnt/conv2/fprop/fp16/n1", "suite='alexnt' is unknown; nearest: alexnet"),
@@ -520,15 +521,9 @@ def compiled(suite, arch, **options):
 def test_every_layer_compiles_without_spills():
     rows = compiled("layers", "sm_90")
     assert [(r["layer"], r["pass"], r["failure"]) for r in rows if r["failure"]] == []
-    # Contiguous outputs, which no descriptor reaches, from a tile that is chosen as for channels_last ones: an address
-    # for each on the way out, behind the loop. Met by now? Then say so here.
-    # Triton 3.6 keeps all of the forward pass's in registers.
-    before_3_7 = hardware.triton_version() < (3, 7)
-    contiguous = [("conv1d", "dgrad", "fprop_box")]
-    contiguous = contiguous if before_3_7 else [("conv1d", "fprop", "fprop_box"), *contiguous]
     assert [
         (r["layer"], r["pass"], r["kernel"]) for r in rows if r["stack_bytes"] or r["spills"] or not r["fits"]
-    ] == contiguous
+    ] == []
     assert all(r["modelled_us"] > 0 and r["bytes_read"] > 0 for r in rows)
     wide = ("relu", "max_pool2d", "avg_pool2d", "lp_pool2d", "adaptive_avg_pool2d", "local_response_norm", "softmax",
             "log_softmax", "depthwise_conv2d")  # fmt: skip
@@ -536,6 +531,21 @@ def test_every_layer_compiles_without_spills():
         if row["layer"] in wide and row["role"] == "main" and row["pass"] in cases.FORWARD:
             accesses = {kind for kind in row["loop_loads"] if kind[:3] in ("LDG", "STG")}
             assert accesses <= {"LDG.128", "LDGSTS.128", "STG.128"}, row["layer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_contiguous_images_are_read_and_written_as_channels_last_ones(arch):
+    rows = [
+        compiled("alexnet", arch, layers=["conv5"], passes=["fprop", "wgrad"], memory_format=memory_format)
+        for memory_format in cases.MEMORY_FORMATS
+    ]
+    last, contiguous = ([row for row in found if row["kernel"] != "turn"] for found in rows)
+    facts = "kernel", "tile", "registers", "stack_bytes", "loop_loads", "serialised"
+    assert [[row[fact] for fact in facts] for row in contiguous] == [[row[fact] for fact in facts] for row in last]
+    turns = [(row["pass"], row["stack_bytes"]) for row in rows[1] if row["kernel"] == "turn"]
+    assert turns == [("fprop", 0)] * 3 + [("wgrad", 0)] * 2
+    assert all(row["case"].endswith("/contiguous") and row["modelled_us"] > 0 for row in rows[1])
 
 
 @pytest.mark.slow

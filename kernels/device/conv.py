@@ -90,6 +90,7 @@ def fprop_box(
     w,  # descriptor of the filters as a matrix: [rows, taps * PARTS * C], box [BLOCK_K, BLOCK_C]; turned if TRANSPOSED
     w2,  # the same with a box of BLOCK_K2 rows, or None
     y,  # descriptor of [N, P, Q, (GROUPS,) K], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_K]; a pointer if not STORE_BOX
+    # None where all tiles are shared
     y2,  # the same with a box of BLOCK_K2 filters, or None
     y_half,  # as y and y2 with half a box, or None
     y2_half,
@@ -280,33 +281,34 @@ def fprop_box(
             if BLOCK_K2:
                 tl.store(slot + ((BLOCK_K + tl.arange(0, BLOCK_K2)) * PIXELS)[:, None] + i[None, :], acc2)
             return
-    k = k0 + tl.arange(0, BLOCK_K)
-    image = n + tl.arange(0, PIXELS) // (BOX_H * BOX_W)
-    acc = finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
-    store_box(
-        y, acc.to(OUT), k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
-        GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K,
-    )  # fmt: skip
-    if HALF:
-        acc_half = bias_and_activation(acc_half, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    if y is not None:  # else all tiles are shared
+        k = k0 + tl.arange(0, BLOCK_K)
+        image = n + tl.arange(0, PIXELS) // (BOX_H * BOX_W)
+        acc = finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
         store_box(
-            y_half, acc_half.to(OUT), k0, g, n_half, p_half, q_half, N, P, Q, K,
-            stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX, HALF_N, HALF_H, HALF_W, BLOCK_K,
-        )  # fmt: skip
-    if BLOCK_K2:
-        k1 = k0 if SHIFT else k0 + BLOCK_K
-        k = k1 + tl.arange(0, BLOCK_K2)
-        acc2 = finished(acc2, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
-        store_box(
-            y2, acc2.to(OUT), k1, g, n, p, q + SHIFT, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
-            GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
+            y, acc.to(OUT), k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
+            GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K,
         )  # fmt: skip
         if HALF:
-            acc2_half = bias_and_activation(acc2_half, bias, g, k, K, HAS_BIAS, ACTIVATION)
+            acc_half = bias_and_activation(acc_half, bias, g, k, K, HAS_BIAS, ACTIVATION)
             store_box(
-                y2_half, acc2_half.to(OUT), k1, g, n_half, p_half, q_half + SHIFT, N, P, Q, K,
-                stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX, HALF_N, HALF_H, HALF_W, BLOCK_K2,
+                y_half, acc_half.to(OUT), k0, g, n_half, p_half, q_half, N, P, Q, K,
+                stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX, HALF_N, HALF_H, HALF_W, BLOCK_K,
             )  # fmt: skip
+        if BLOCK_K2:
+            k1 = k0 if SHIFT else k0 + BLOCK_K
+            k = k1 + tl.arange(0, BLOCK_K2)
+            acc2 = finished(acc2, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
+            store_box(
+                y2, acc2.to(OUT), k1, g, n, p, q + SHIFT, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
+                GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
+            )  # fmt: skip
+            if HALF:
+                acc2_half = bias_and_activation(acc2_half, bias, g, k, K, HAS_BIAS, ACTIVATION)
+                store_box(
+                    y2_half, acc2_half.to(OUT), k1, g, n_half, p_half, q_half + SHIFT, N, P, Q, K,
+                    stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX, HALF_N, HALF_H, HALF_W, BLOCK_K2,
+                )  # fmt: skip
 
 
 @triton.jit

@@ -71,23 +71,38 @@ def depth_to_space(
     tl.store(dw + i, tl.load(y + block * DEPTH + d, mask=i < SIZE, other=0.0), mask=i < SIZE)
 
 
-# y[i, n] = x[n, i]: images beside each other, so that sums over them run along memory.
+# y[a, b, i, n] = x[a, b, n, i], zero from N on: images beside each other, so that sums over them run along memory;
+# channels beside each other where pixels were, and back; filters beside each other where their channels were.
 @triton.jit
 def turn(
-    x,  # pointer to N rows, stride_x apart
-    y,  # pointer to [WIDTH, N]
+    x,  # pointer to [A, B, N, WIDTH], the last axis contiguous
+    y,  # pointer to [A, B, WIDTH, DEPTH], the last axis contiguous
+    B,
     N,
+    DEPTH,  # at least N
     WIDTH,
-    stride_x,
+    stride_xa,
+    stride_xb,
+    stride_xn,
+    stride_ya,
+    stride_yb,
+    stride_yi,
     ROWS: tl.constexpr,  # of x
     COLS: tl.constexpr,
 ):
-    blocks = tl.cdiv(N, ROWS)
-    n = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    i = (tl.program_id(0) // blocks).to(tl.int64) * COLS + tl.arange(0, COLS)
-    inside = (n < N)[:, None] & (i < WIDTH)[None, :]
-    value = tl.load(x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0)
-    tl.store(y + i[:, None] * N + n[None, :], value.T, mask=inside.T)
+    blocks = tl.cdiv(DEPTH, ROWS)
+    strips = tl.cdiv(WIDTH, COLS)
+    t = tl.program_id(0)
+    n = (t % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    t = t // blocks
+    i = (t % strips).to(tl.int64) * COLS + tl.arange(0, COLS)
+    b = (t // strips % B).to(tl.int64)
+    a = (t // strips // B).to(tl.int64)
+    across = (i < WIDTH)[None, :]
+    rows = x + (a * stride_xa + b * stride_xb) + n[:, None] * stride_xn
+    value = tl.load(rows + i[None, :], mask=(n < N)[:, None] & across, other=0.0)
+    out = y + (a * stride_ya + b * stride_yb) + i[:, None] * stride_yi
+    tl.store(out + n[None, :], value.T, mask=(n < DEPTH)[None, :] & across.T)
 
 
 # y[n, c, h, w] = x[n, c, h, w], zero from W on: rows that start at aligned addresses, for any x.

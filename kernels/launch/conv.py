@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,14 @@ from tileconv.kernels.launch.descriptors import (
     pixel_descriptor,
     row_length,
 )
-from tileconv.kernels.launch.layout import plan_depth_to_space, plan_space_to_depth, plan_turn
+from tileconv.kernels.launch.layout import (
+    by_channels_last,
+    in_channels_last,
+    plan_depth_to_space,
+    plan_space_to_depth,
+    plan_turn,
+    with_channels_first,
+)
 from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.launch.pointwise import dropout_scale, plan_add_slices
 from tileconv.kernels.launch.split import plan_split
@@ -78,23 +86,24 @@ def plan_fprop(
             blocks, x, w, bias, y, gpu=gpu, activation=activation, precision=precision, batch_invariant=batch_invariant
         )
         return [to_blocks, filters_to_blocks, *rest]
-    x, w, splits = _in_parts(x, w, precision, gpu)
+    x, w, before = _as_multiplied(x, w, precision, gpu)
+    out, after = by_channels_last(y, gpu=gpu)
     settings: dict[str, Any] = {"activation": activation, "precision": precision, "batch_invariant": batch_invariant}
     if seed is not None:
         settings["drops"] = {"seed": seed, "dropout": dropout, "scale": dropout_scale(dropout),
                              "DROPOUT": index_type(y)}  # fmt: skip
-    return [*splits, *_plan_product(problem, problem.filters, x, w, bias, y, gpu=gpu, **settings)]
+    return [*before, *_plan_product(problem, problem.filters, x, w, bias, out, gpu=gpu, **settings), *after]
 
 
 def _plan_product(
     problem: Conv2dProblem, filters: Filters, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
     y: torch.Tensor, *, gpu: GPU, activation: str | None, precision: str, batch_invariant: bool,
-    drops: Mapping[str, Any] = NO_DROPOUT,
+    drops: Mapping[str, Any] = NO_DROPOUT, turned: torch.Tensor | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of plan_fprop's products; x and w are in parts if `precision` splits them.
 
-    `filters` says how the problem reads w, the layer's own: dgrad runs on the filters of fprop, transposed.
-    `drops` are the kernels' arguments for dropout.
+    `filters` says how the problem reads w, the layer's own: dgrad runs on the filters of fprop, transposed, or by
+    descriptors on `turned` if it is given.  `drops` are the kernels' arguments for dropout.
     """
     pass_ = "dgrad" if filters.transposed else "fprop"
     tile = tiles.choose(problem, pass_, y.dtype, precision, gpu, batch_invariant=batch_invariant)
@@ -109,6 +118,8 @@ def _plan_product(
     }  # fmt: skip
     if tile.formulation == "gather":
         return [_plan_gather(problem, filters, tile, x, w, y, common)]
+    if turned is not None:
+        w, filters = turned, replace(filters, transposed=False)
     return _plan_box(problem, filters, tile, x, w, y, common, gpu)
 
 
@@ -137,15 +148,23 @@ def plan_transpose(
         parts = padded.parts(problem, x.dtype)
         (x, copy_x), (w, copy_w) = padded.image(x, gpu), padded.transposed_filters(w, gpu)
         launches = [*copy_x, *copy_w]
-    x, w, splits = _in_parts(x, w, precision, gpu)
-    launches += splits
+    x, w, before = _as_multiplied(x, w, precision, gpu)
+    launches += before
+    out, after = by_channels_last(y, gpu=gpu) if only is None else (y, [])
+    turned = None
+    if cost.filters_turned(y.dtype, precision) and any(part.filters.transposed for part in parts):
+        chosen = (tiles.choose(part.problem, "dgrad", y.dtype, precision, gpu, batch_invariant=batch_invariant)
+                  for part in parts)  # fmt: skip
+        if any(tile.formulation != "gather" for tile in chosen):
+            turned, turn = with_channels_first(_filters(w), problem.groups, gpu=gpu)
+            launches.append(turn)
     for part in parts:
-        residue = y[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]]
+        residue = out[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]]
         launches += _plan_product(
             part.problem, part.filters, x, w, bias, residue, gpu=gpu, activation=activation, precision=precision,
-            batch_invariant=batch_invariant,
+            batch_invariant=batch_invariant, turned=turned,
         )  # fmt: skip
-    return launches
+    return launches + after
 
 
 def plan_wgrad(
@@ -155,8 +174,9 @@ def plan_wgrad(
     if _depthwise(problem):
         return depthwise.plan_wgrad(problem, dy, x, dw, gpu=gpu)
     if first := runs.prepare(problem, "wgrad", x, precision, gpu=gpu):
-        rows, image, before = first
-        return before + runs.plan_wgrad(rows, dy, image, dw, gpu=gpu, precision=precision)
+        rows, image, copy_x = first
+        dy, copy_dy = in_channels_last(dy, gpu=gpu)
+        return [*copy_x, *copy_dy, *runs.plan_wgrad(rows, dy, image, dw, gpu=gpu, precision=precision)]
     if tiles.first_layer(problem, "wgrad", x.dtype, precision, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
         blocked = scratch(layout.empty_image(blocks.w_shape, dw, channels_last=True))
@@ -168,8 +188,11 @@ def plan_wgrad(
         more = scratch(layout.empty_image(wide.w_shape, dw, channels_last=True))
         sums = plan_wgrad(wide, dy, x, more, gpu=gpu, precision=precision)
         return [*copy_x, *copy_dy, *sums, padded.plan_narrow(more, dw, gpu=gpu)]
-    x, dy, splits = _in_parts(x, dy, precision, gpu)
     tile = tiles.choose(problem, "wgrad", dw.dtype, precision, gpu)
+    turned = tile.formulation == "pixel" and cost.turned(problem, x.dtype, precision, gpu)
+    before: list[Launch] = []
+    if not turned:
+        x, dy, before = _as_multiplied(x, dy, precision, gpu)
     matrix = dw.permute(0, 2, 3, 1)
     parts = matrix if tile.splits == 1 else _slices(tile.splits, dw)
     arguments: dict[str, Any] = {
@@ -191,15 +214,15 @@ def plan_wgrad(
     else:
         kernel = conv_wgrad.wgrad_box
         planes = problem.groups * fp32.parts(precision)
-        x, dy = for_descriptor(x, planes), for_descriptor(dy, planes)
         pixel = tile.formulation == "pixel"
         describe: Callable[..., TensorDescriptor] = pixel_descriptor if pixel else image_descriptor
-        turned = pixel and cost.turned(problem, x.dtype, precision, gpu)
         matrices = {"x": x, "dy": dy}
-        if turned:
-            for name, image in matrices.items():
-                matrices[name], turn = _turn(image, gpu)
-                splits.append(turn)
+        for name, image in matrices.items():
+            if turned:
+                matrices[name], turn = _turn(image if image.is_contiguous() else for_descriptor(image, planes), gpu)
+                before.append(turn)
+            else:
+                matrices[name] = for_descriptor(image, planes)
         arguments |= {
             "x": describe(matrices["x"], planes, tile.box, tile.block_c),
             "x_half": describe(matrices["x"], planes, tile.box, tile.block_c // 2) if tile.half else None,
@@ -214,7 +237,7 @@ def plan_wgrad(
     taps = 1 if tile.formulation == "gather" else triton.cdiv(problem.taps, tile.taps)
     blocks = triton.cdiv(columns, tile.channels) * triton.cdiv(problem.group_filters, tile.rows)
     programs = blocks * taps * problem.groups * tile.splits
-    launches = [*splits, Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
+    launches = [*before, Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]
 
 
@@ -223,21 +246,23 @@ def _turn(image: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, Launch]:
     rows = image.as_strided((image.shape[0], row_length(tuple(image.shape), image.stride())), (image.stride(0), 1))
     turned = scratch(torch.empty(rows.shape[::-1], dtype=image.dtype, device=image.device))
     images = turned.as_strided(image.shape, (1, *(image.shape[0] * stride for stride in image.stride()[1:])))
-    return images, plan_turn(rows, turned, gpu=gpu)
+    return images, plan_turn(rows[None, None], turned[None, None], gpu=gpu)
 
 
-def _in_parts(
+def _as_multiplied(
     a: torch.Tensor, b: torch.Tensor, precision: str, gpu: GPU
 ) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
-    """Both operands of a product, and the launches that split them if `precision` asks for it.
+    """Both operands of a product as its kernels read them, and the launches that make them so.
 
-    Filters are split in every call: they are small, and a call cannot see whether they have changed.
+    They are split if `precision` asks for it, contiguous ones become channels_last.  Filters are so in every call: they
+    are small, and a call cannot see whether they have changed.
     """
-    if fp32.parts(precision) == 1:
-        return a, b, []
-    a, first = plan_split(a, precision, gpu=gpu)
-    b, second = plan_split(b, precision, gpu=gpu)
-    return a, b, [first, second]
+    if fp32.parts(precision) > 1:
+        a, first = plan_split(a, precision, gpu=gpu)
+        b, second = plan_split(b, precision, gpu=gpu)
+        return a, b, [first, second]
+    (a, first_copy), (b, second_copy) = in_channels_last(a, gpu=gpu), in_channels_last(b, gpu=gpu)
+    return a, b, first_copy + second_copy
 
 
 def _arithmetic(dtype: torch.dtype, precision: str) -> dict[str, Any]:
@@ -275,14 +300,9 @@ def _plan_box(
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any], gpu: GPU,
 ) -> list[Launch]:  # fmt: skip
     matrix = aligned(_filter_matrix(w))
-    transposed = filters.transposed
-    if transposed and w.itemsize == 4:
-        # Tensor cores read 4-byte operands along the depth only: without this copy they wait for a turn in registers.
-        matrix = w.unflatten(0, (problem.groups, -1)).permute(0, 2, 3, 4, 1).reshape(problem.K, -1).contiguous()
-        transposed = False
 
     def filter_box(rows: int) -> TensorDescriptor | None:
-        box = (tile.block_c, rows) if transposed else (rows, tile.block_c)
+        box = (tile.block_c, rows) if filters.transposed else (rows, tile.block_c)
         return matrix_descriptor(matrix, box) if rows else None
 
     planes = problem.groups * common["PARTS"]
@@ -312,11 +332,11 @@ def _plan_box(
         "w": filter_box(tile.block_k), "w2": filter_box(tile.block_k2),
         "y": output_box(tile.block_k), "y2": output_box(tile.block_k2), "parts": parts,
         "stride_h": problem.stride[0], "stride_w": problem.stride[1],
-        "TRANSPOSED": transposed, "STORE_BOX": store_box, "BLOCK_K2": tile.block_k2,
+        "TRANSPOSED": filters.transposed, "STORE_BOX": store_box, "BLOCK_K2": tile.block_k2,
         "WIDTH": matrix.shape[1], "NARROW": int(narrow > 0),
     }  # fmt: skip
-    if shared == programs:  # fprop_finish drops for all of them
-        arguments |= NO_DROPOUT
+    if shared == programs:  # fprop_finish writes, and drops, for all of them
+        arguments |= {"y": None, "y2": None, "STORE_BOX": False, **NO_DROPOUT}
     grid = programs + shared * (tile.splits - 1)
     if narrow:
         grid += narrow * (tile.rows // tile.block_k2 - 1)
@@ -369,4 +389,9 @@ def _unit(*strides: int) -> int:
 
 def _filter_matrix(w: torch.Tensor) -> torch.Tensor:
     """The filters as [K, R * S * C/groups]: a view of channels_last weights, a copy of others."""
-    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).contiguous()
+    return _filters(w).permute(0, 2, 3, 1).flatten(1)
+
+
+def _filters(w: torch.Tensor) -> torch.Tensor:
+    """The filters, copied if they are not channels_last."""
+    return w.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

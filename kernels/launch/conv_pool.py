@@ -20,6 +20,7 @@ from tileconv.kernels.launch.descriptors import (
     image_descriptor,
     matrix_descriptor,
 )
+from tileconv.kernels.launch.layout import in_channels_last
 from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.launch.pool import plan_max_forward
 
@@ -34,7 +35,8 @@ def plan(
     What lies between those two is channels_last or not, as said.
     """
     if activation == "relu" and not batch_invariant and pool_tiles.fuse_pool(problem, pool, x.dtype, precision, gpu):
-        return [plan_conv_pool(problem, pool, x, w, bias, y, switch, gpu=gpu, precision=precision)]
+        (x, copy_x), (w, copy_w) = in_channels_last(x, gpu=gpu), in_channels_last(w, gpu=gpu)
+        return [*copy_x, *copy_w, plan_conv_pool(problem, pool, x, w, bias, y, switch, gpu=gpu, precision=precision)]
     between = scratch(layout.empty_image(problem.y_shape, x, channels_last))
     first = plan_fprop(problem, x, w, bias, between, gpu=gpu, precision=precision, batch_invariant=batch_invariant)
     # The activation goes to the pool, which sees fewer elements, so that both ways give the same bits.

@@ -20,7 +20,7 @@ from tileconv.kernels import conv_tile, cost, layout, tiles
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch
-from tileconv.kernels.launch.layout import plan_widen
+from tileconv.kernels.launch.layout import in_channels_last, plan_widen
 from tileconv.kernels.launch.plans import scratch
 from tileconv.kernels.run_tiles import TYPICAL_BATCH
 
@@ -74,6 +74,9 @@ def image(x: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
     channels = _padded(x.shape[1], x.dtype)
     if channels == x.shape[1]:
         return x, []
+    copy, launches = in_channels_last(x, gpu=gpu, channels=channels)
+    if launches:
+        return copy, launches
     copy = scratch(layout.empty_image((x.shape[0], channels, *x.shape[2:]), x, channels_last=True))
     return copy, [plan_widen(x.permute(0, 2, 3, 1), copy.permute(0, 2, 3, 1), gpu=gpu)]
 
