@@ -119,10 +119,22 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
             if stages == most == 4:  # fewer buffers may let one more program onto the SM
                 tile = replace(tile, num_stages=3)
                 found += [tile, *_shared_depth(problem, tile, gpu)]
+    if pass_ == "dgrad" and dtype == torch.float32 and gpu.arch // 10 == 9:
+        found += _single_warp_tiles(problem, gpu)
     # As with one tap above, compiled for sm_90: where the last 128 of 256 + 128 turned 2-byte filters are shared, their
     # products wait in the loop of 128 alone.
     alone = gpu.arch // 10 == 9 and pass_ == "dgrad" and problem.taps == 1 and dtype.itemsize == 2
     return [tile for tile in found if not (tile.tail and (odd or (alone and tile.narrow and tile.block_k2 > 64)))]
+
+
+def _single_warp_tiles(problem: Conv2dProblem, gpu: GPU) -> list[ConvTile]:
+    """Tiles of an input gradient in TF32 that multiply by mma.sync, for linear layers: the copy of their filters that
+    warp groups need takes longer than their product."""
+    if problem.taps * problem.P * problem.Q > 1 or problem.group_filters * 4 % 16:
+        return []
+    sizes = [(pixels, 64) for pixels in (16, 32, 64, 128)] + [(128, 32), (64, 128)]
+    found = [ConvTile("pixel", (pixels, 1, 1), block_k, 32, 2, 4) for pixels, block_k in sizes]
+    return found + [one for tile in found for one in _shared_depth(problem, tile, gpu)]
 
 
 def _boxes(problem: Conv2dProblem, pixels: int) -> list[tuple[int, int, int]]:

@@ -125,16 +125,25 @@ def turn_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
     return sum(streaming_us(2 * dtype.itemsize * math.prod(shape), gpu) for shape in (problem.x_shape, problem.y_shape))
 
 
-def filters_turned(dtype: torch.dtype, precision: str) -> bool:
+def filters_turned(tile: Tile, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
     """Whether an input gradient's boxes read a copy of the filters that has the channels first.
 
-    Tensor cores read 4-byte operands along the depth only: as they lie, products wait for a turn in registers.
+    Warp groups read 4-byte operands along the depth only: as they lie, products wait for a turn in registers.  Single
+    warps, which sm_120 has alone and on Hopper blocks of fewer than four, read them from any layout.
     """
-    return dtype == torch.float32 and precision == "tf32"
+    if pass_ != "dgrad" or dtype != torch.float32 or precision != "tf32" or tile.formulation == "gather":
+        return False
+    return gpu.arch < 120 and not by_single_warps(tile, pass_, dtype, precision, gpu)
+
+
+def by_single_warps(tile: Tile, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
+    """Whether an input gradient in TF32 multiplies by mma.sync on Hopper, to read the filters as they lie."""
+    tf32 = pass_ == "dgrad" and dtype == torch.float32 and precision == "tf32"
+    return tf32 and gpu.arch // 10 == 9 and tile.num_warps < 4 and tile.formulation != "gather"
 
 
 def filters_turn_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
-    """The kernel that makes that copy."""
+    """The kernel that makes filters_turned's copy."""
     return streaming_us(2 * dtype.itemsize * math.prod(problem.w_shape), gpu)
 
 
@@ -195,7 +204,8 @@ def predict(
     on_tensor_cores = fp32.on_tensor_cores(dtype, precision)
     if tile.formulation == "gather":
         shape = replace(shape, fetch=_fetch(problem, pass_, tile, read_type, on_tensor_cores))
-    shape = replace(shape, steps=shape.steps * products)
+    single = by_single_warps(tile, pass_, dtype, precision, gpu)
+    shape = replace(shape, steps=shape.steps * products, fragments=shape.fragments or single)
     stage = shape.stage_bytes(read_type.itemsize)
     last_tiles = min(tile.tail, shape.tiles)
     shared_tiles = 0 if tile.splits == 1 else shape.tiles if pass_ == "wgrad" or not tile.tail else last_tiles
@@ -210,6 +220,8 @@ def predict(
         rate.alone = 2 * stage / 128 + LOAD_CYCLES / 4
     by_warps = gpu.arch < 90 or shape.fragments
     threads_need = registers(shape.rows, shape.columns, tile.num_warps, by_warps)
+    if single:  # compiled: 56 for 16 sums, 84 for 32, 125 for 64, 156 and 227 for 64 and 128 of other shapes
+        threads_need = min(255, 42 + 7 * shape.rows * shape.columns // (160 * tile.num_warps))
     if not on_tensor_cores:  # compiled: 40 for 8 sums, 80 to 128 for 32, 120 to 254 for 64
         threads_need = min(255, 50 + shape.rows * shape.columns // (16 * tile.num_warps))
     if tile.formulation == "runs" and not by_warps:
@@ -442,6 +454,21 @@ def _by_fragments(shape: _Shape, tile: Tile) -> tuple[float, float]:
     return instructions, reads * tile.num_warps + (shape.rows + 2 * shape.columns) * shape.depth * 4 / 128
 
 
+def _by_turned_fragments(shape: _Shape, tile: Tile) -> tuple[float, float]:
+    """As _by_fragments, of boxes that the copy engine brings, whose filters lie across the depth.
+
+    A warp reads 32 elements of the filters at once, from eight rows and four steps of the depth: taken for two reads,
+    of banks that two of those share; columns come 16 bytes a thread.
+    """
+    rows, columns = shape.rows, shape.columns
+    for _ in range(tile.num_warps.bit_length() - 1):  # as Triton divides such a block between warps
+        rows, columns = (rows // 2, columns) if rows > columns else (rows, columns // 2)
+    across, along = rows * shape.depth / 32, columns * shape.depth / 128
+    # Compiled loops for sm_90, 7 of them, lie within 6 % of this.
+    instructions = 70 + rows * columns * shape.depth / 1024 + across + along
+    return instructions, (2 * across + 4 * along) * tile.num_warps + shape.stage_bytes(4) / 128
+
+
 def _fetch(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, on_tensor_cores: bool) -> float:
     """Instructions that a pointer kernel takes for 16 bytes, as compiled: the load, its address, its mask."""
     elements = 16 // dtype.itemsize
@@ -482,7 +509,8 @@ class _Rates:
         lasting = min(TENSOR_LOAD, gpu.sync_share) if shape.fragments or shape.rows < 64 else TENSOR_LOAD
         self.tensor = flops * gpu.clock * gpu.sms / gpu.peak(dtype, precision) / lasting
         if shape.fragments:
-            instructions, self.shared = _by_fragments(shape, tile)
+            by_fragments = _by_fragments if tile.formulation == "runs" else _by_turned_fragments
+            instructions, self.shared = by_fragments(shape, tile)
         elif not fp32.on_tensor_cores(dtype, precision):
             # Nearly all of them are products: they are taken to last as those of tensor cores do.
             instructions, self.shared = (_fused(shape, tile) + fetched) / TENSOR_LOAD, 0.0

@@ -192,11 +192,12 @@ def _best_for_any_batch(
     """The quickest candidate of those that add in the one order that serves batches of all sizes."""
     if not _valid(problem, pass_, formulation, dtype, precision, gpu):
         return _impossible(formulation)
+    settings = pass_, dtype, precision, gpu
     wanted = _order_for_any_batch(replace(problem, N=1), pass_, formulation, dtype, precision, gpu)
     found: list[ConvTile] = []
     for batch in (problem.N, *BATCHES):
         valid = _valid(replace(problem, N=batch), pass_, formulation, dtype, precision, gpu)
-        if found := [tile for tile in valid if order(tile) == wanted]:
+        if found := [tile for tile in valid if (order(tile), cost.by_single_warps(tile, *settings)) == wanted]:
             break
     return min(found, key=lambda tile: _cost(tile, problem, pass_, dtype, precision, gpu)[0])
 
@@ -211,7 +212,8 @@ def _order_for_any_batch(
         sized = replace(problem, N=batch)
         for tile in _valid(sized, pass_, formulation, dtype, precision, gpu):
             if not tile.tail:
-                row = times.setdefault(order(tile), [math.inf] * len(BATCHES))
+                key = order(tile), cost.by_single_warps(tile, pass_, dtype, precision, gpu)
+                row = times.setdefault(key, [math.inf] * len(BATCHES))
                 row[i] = min(row[i], _cost(tile, sized, pass_, dtype, precision, gpu)[0])
     best = [min(column) for column in zip(*times.values(), strict=True)]
     return min(times, key=lambda key: max(time / least for time, least in zip(times[key], best, strict=True)))
@@ -241,7 +243,7 @@ def _cost(
     us = cost.weighed_us(predicted, gpu)
     if pass_ == "wgrad" and tile.formulation == "pixel" and cost.turned(problem, dtype, precision, gpu):
         us += cost.turn_us(problem, dtype, gpu)
-    if pass_ == "dgrad" and tile.formulation != "gather" and cost.filters_turned(dtype, precision):
+    if cost.filters_turned(tile, pass_, dtype, precision, gpu):
         us += cost.filters_turn_us(problem, dtype, gpu)
     # Tensor cores of half the width (sm_86, sm_89) hide any tile's instructions and traffic; they cost power still.
     us += 0.0 if gpu.arch >= 90 else 0.2 * (predicted.issue_us + predicted.l2_us)

@@ -373,6 +373,26 @@ def test_images_are_turned_once_an_operand_and_only_in_batches_that_descriptors_
         assert "turn" not in [launch.kernel.__name__ for launch in strict]
 
 
+def dgrad_of(gpu: hardware.GPU, precision: str, layer: Conv2dProblem) -> list[Any]:
+    x, w, y = (torch.empty(s, device="meta", memory_format=CHANNELS_LAST)
+               for s in (layer.x_shape, layer.w_shape, layer.y_shape))  # fmt: skip
+    return launch_conv.plan_dgrad(layer, y, w, x, gpu=gpu, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "turns", "warps"),
+    [("H100", "tf32", (1, 0), 2), ("H100", "ieee", (0, 0), 4), ("RTX 5090", "tf32", (0, 0), 4)],
+)
+def test_filters_are_turned_for_warp_groups_and_where_the_copy_is_cheap(
+    gpu: str, precision: str, turns: tuple[int, int], warps: int
+) -> None:
+    strided = Conv2dProblem(128, 64, 13, 13, 64, 3, 3, (2, 2), padding=((1, 1), (1, 1)))
+    linear = Conv2dProblem(128, 9216, 1, 1, 4096, 1, 1)
+    found = [dgrad_of(hardware.GPUS[gpu], precision, layer) for layer in (strided, linear)]
+    assert tuple([launch.kernel.__name__ for launch in launches].count("turn") for launches in found) == turns
+    assert found[1][0].num_warps == warps
+
+
 @pytest.mark.skipif(not hardware.interpreting(), reason="counts in Triton's interpreter")
 def test_counted_bytes_of_images_last() -> None:
     problem = Conv2dProblem(4, 24, 3, 3, 40, 3, 2, padding=((1, 1), (1, 0)))
@@ -408,3 +428,12 @@ def test_loops_compile_without_spills_and_multiply_asynchronously() -> None:
             assert row["other_per_mma"] <= (48 if row["pass"] == "wgrad" else 20), name
         elif row["kernel"] in ("split", "turn"):
             assert {"LDG.128", "STG.128"} == {kind for kind in row["loop_loads"] if "G." in kind}, name
+
+
+@pytest.mark.slow
+def test_linear_layers_read_4_byte_filters_as_they_lie_by_single_warps() -> None:
+    rows = inspect.inspect_all(cases.cases("alexnet", 128, ["tf32"], ["dgrad"], ["fc7"]), ["sm_90"])
+    row = rows[0]
+    assert row["failure"] is None and row["stack_bytes"] == row["spills"] == 0
+    assert row["mma"] == "HMMA.1688.F32.TF32" and row["loop_loads"].keys() == {"UTMALDG", "LDSM.128", "LDS.32"}
+    assert row["other_per_mma"] <= 1.5

@@ -102,8 +102,8 @@ def _plan_product(
 ) -> list[Launch]:  # fmt: skip
     """The launches of plan_fprop's products; x and w are in parts if `precision` splits them.
 
-    `filters` says how the problem reads w, the layer's own: dgrad runs on the filters of fprop, transposed, or by
-    descriptors on `turned` if it is given.  `drops` are the kernels' arguments for dropout.
+    `filters` says how the problem reads w, the layer's own: dgrad runs on the filters of fprop, transposed, or on
+    `turned`, where cost.filters_turned says so.  `drops` are the kernels' arguments for dropout.
     """
     pass_ = "dgrad" if filters.transposed else "fprop"
     tile = tiles.choose(problem, pass_, y.dtype, precision, gpu, batch_invariant=batch_invariant)
@@ -118,7 +118,8 @@ def _plan_product(
     }  # fmt: skip
     if tile.formulation == "gather":
         return [_plan_gather(problem, filters, tile, x, w, y, common)]
-    if turned is not None:
+    if cost.filters_turned(tile, pass_, y.dtype, precision, gpu):
+        assert turned is not None
         w, filters = turned, replace(filters, transposed=False)
     return _plan_box(problem, filters, tile, x, w, y, common, gpu)
 
@@ -152,10 +153,9 @@ def plan_transpose(
     launches += before
     out, after = by_channels_last(y, gpu=gpu) if only is None else (y, [])
     turned = None
-    if cost.filters_turned(y.dtype, precision) and any(part.filters.transposed for part in parts):
-        chosen = (tiles.choose(part.problem, "dgrad", y.dtype, precision, gpu, batch_invariant=batch_invariant)
-                  for part in parts)  # fmt: skip
-        if any(tile.formulation != "gather" for tile in chosen):
+    for part in parts:
+        tile = tiles.choose(part.problem, "dgrad", y.dtype, precision, gpu, batch_invariant=batch_invariant)
+        if part.filters.transposed and turned is None and cost.filters_turned(tile, "dgrad", y.dtype, precision, gpu):
             turned, turn = with_channels_first(_filters(w), problem.groups, gpu=gpu)
             launches.append(turn)
     for part in parts:
