@@ -361,9 +361,9 @@ def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
     ]
     if gpu.arch // 10 == 10:  # compiled for sm_100 these spill 8 bytes
         by_boxes = [size for size in by_boxes if size not in ((64, 128, 16, 4), (128, 128, 16, 8), (32, 64, 64, 4))]
-    if triton_version() < (3, 7) and not wgrad:  # there for sm_90 the first spills 8 bytes, for sm_100 the others 512 up
-        spilling = ((32, 64, 16, 2), (128, 64, 32, 4), (128, 128, 32, 8))
-        by_boxes = [size for size in by_boxes if size not in spilling[: 1 if gpu.arch < 100 else 3]]
+    if triton_version() < (3, 7) and not wgrad:  # there the first spills 8 bytes for sm_90, the others 512 for sm_100
+        older = ((32, 64, 16, 2), (128, 64, 32, 4), (128, 128, 32, 8))
+        by_boxes = [size for size in by_boxes if size not in older[: 1 if gpu.arch < 100 else 3]]
     if gpu.has_descriptors and addressable(problem, pass_, dtype):
         found += [
             ConvTile("pixel" if box[1:] == (1, 1) else "box", box, block_k, block_c, warps, stages(pixels))
