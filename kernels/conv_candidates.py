@@ -354,16 +354,17 @@ def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
     if pass_ == "dgrad" and gpu.arch > 80:  # compiled for all but sm_80 and sm_90 turned filters spill 8 or 16 bytes
         spilling = ((64, 64, 16, 2), (128, 64, 16, 4)) if gpu.arch < 90 else ((32, 32, 32, 2), (32, 64, 16, 2))
         by_pointers = [size for size in by_pointers if size not in spilling]
+    # With three stages 64 x 64 sums of elements that come one by one spill 8 to 16 bytes, in Triton 3.6 all gradients.
+    apart = narrow and wgrad and triton_version() < (3, 7), narrow
     found = [
-        # With three stages 64 x 64 sums of elements that come one by one spill 8 to 16 bytes.
-        ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, stages(pixels, narrow and block_k == 64), flat=flat)
+        ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, stages(pixels, apart[block_k == 64]), flat=flat)
         for pixels, block_k, block_c, warps in by_pointers
     ]
     if gpu.arch // 10 == 10:  # compiled for sm_100 these spill 8 bytes
         by_boxes = [size for size in by_boxes if size not in ((64, 128, 16, 4), (128, 128, 16, 8), (32, 64, 64, 4))]
     if triton_version() < (3, 7) and not wgrad:  # there the first spills 8 bytes for sm_90, the others 512 for sm_100
-        older = ((32, 64, 16, 2), (128, 64, 32, 4), (128, 128, 32, 8))
-        by_boxes = [size for size in by_boxes if size not in older[: 1 if gpu.arch < 100 else 3]]
+        spill = ((32, 64, 16, 2), (128, 64, 32, 4), (128, 128, 32, 8))
+        by_boxes = [size for size in by_boxes if size not in spill[: 1 if gpu.arch < 100 else 3]]
     if gpu.has_descriptors and addressable(problem, pass_, dtype):
         found += [
             ConvTile("pixel" if box[1:] == (1, 1) else "box", box, block_k, block_c, warps, stages(pixels))
