@@ -332,6 +332,9 @@ def _gather_gradient_tiles(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU)
 _SCALAR = ((64, 64, 16, 2), (128, 64, 16, 4), (64, 128, 16, 4), (128, 128, 16, 8))
 _SCALAR_BOXES = (*_SCALAR, (128, 64, 32, 4), (128, 128, 32, 8))
 _SCALAR_NARROW = ((64, 64, 16, 4),)
+# For small batches and images, whose pixels would leave most rows of those empty: 4 to 32 sums a thread.
+_SCALAR_FEW = ((16, 16, 64, 2), (16, 32, 32, 2), (32, 32, 32, 2), (32, 64, 16, 2), (32, 64, 32, 4))
+_SCALAR_FEW_NARROW = ((16, 16, 64, 2), (32, 32, 16, 2))
 # (pixels of a step, filters, channels, warps)
 _SCALAR_WGRAD = ((16, 32, 32, 4), (16, 64, 64, 4), (16, 128, 64, 4), (16, 128, 128, 8))
 _SCALAR_WGRAD_WIDE = (*_SCALAR_WGRAD, (16, 64, 128, 4))
@@ -340,24 +343,43 @@ _SCALAR_WGRAD_BOXES = (*_SCALAR_WGRAD_WIDE, (32, 64, 64, 4), (32, 128, 128, 8))
 
 def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     """fp64, and fp32 at its own precision: registers, not tensor cores, set the size."""
-    wide, wgrad = _wide(problem, dtype), pass_ == "wgrad"
+    wgrad = pass_ == "wgrad"
+    flat = wgrad or problem.group_channels < 16
+    narrow = not _wide(problem, dtype) or (flat and not wgrad)  # each element has its address
+
+    def stages(pixels: int, one_by_one: bool = False) -> int:
+        # One fewer are buffers, and one is filled again when its last product is done: with two stages a step's
+        # operands are asked for when it begins.  Those of few products take two other steps to arrive.
+        if dtype == torch.float64 or one_by_one:
+            return 2
+        return 4 if pixels < 64 and not wgrad else 3
+
     by_pointers: Sequence[tuple[int, int, int, int]]
     by_boxes: Sequence[tuple[int, int, int, int]]
     if wgrad:
-        by_pointers, by_boxes = _SCALAR_WGRAD_WIDE if wide else _SCALAR_WGRAD, _SCALAR_WGRAD_BOXES
+        by_pointers, by_boxes = _SCALAR_WGRAD if narrow else _SCALAR_WGRAD_WIDE, _SCALAR_WGRAD_BOXES
     else:
-        by_pointers, by_boxes = _SCALAR if wide else _SCALAR_NARROW, _SCALAR_BOXES
+        by_pointers = _SCALAR_NARROW + _SCALAR_FEW_NARROW if narrow else _SCALAR + _SCALAR_FEW
+        by_boxes = _SCALAR_BOXES + _SCALAR_FEW
     if dtype == torch.float64:
         by_pointers = ((16, 32, 32, 4),) if wgrad else ((32, 32, 16, 4),)
+    if pass_ == "dgrad" and gpu.arch > 80:  # compiled for all but sm_80 and sm_90 turned filters spill 8 or 16 bytes
+        spilling = ((64, 64, 16, 2), (128, 64, 16, 4)) if gpu.arch < 90 else ((32, 32, 32, 2), (32, 64, 16, 2))
+        by_pointers = [size for size in by_pointers if size not in spilling]
+    # With three stages 64 x 64 sums of elements that come one by one spill 8 to 16 bytes, in Triton 3.6 all gradients.
+    apart = narrow and wgrad and triton_version() < (3, 7), narrow
     found = [
-        ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, 2, flat=wgrad or problem.group_channels < 16)
+        ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, stages(pixels, apart[block_k == 64]), flat=flat)
         for pixels, block_k, block_c, warps in by_pointers
     ]
     if gpu.arch // 10 == 10:  # compiled for sm_100 these spill 8 bytes
         by_boxes = [size for size in by_boxes if size not in ((64, 128, 16, 4), (128, 128, 16, 8), (32, 64, 64, 4))]
+    if triton_version() < (3, 7) and not wgrad:  # there the first spills 8 bytes for sm_90, the others 512 for sm_100
+        spill = ((32, 64, 16, 2), (128, 64, 32, 4), (128, 128, 32, 8))
+        by_boxes = [size for size in by_boxes if size not in spill[: 1 if gpu.arch < 100 else 3]]
     if gpu.has_descriptors and addressable(problem, pass_, dtype):
         found += [
-            ConvTile("pixel" if box[1:] == (1, 1) else "box", box, block_k, block_c, warps, 2)
+            ConvTile("pixel" if box[1:] == (1, 1) else "box", box, block_k, block_c, warps, stages(pixels))
             for pixels, block_k, block_c, warps in by_boxes
             for box in _boxes(problem, pixels)
             # The pixels of a box pass registers on their way into a filter gradient: more sums spill 328 bytes and up.

@@ -222,14 +222,19 @@ def predict(
     threads_need = registers(shape.rows, shape.columns, tile.num_warps, by_warps)
     if single:  # compiled: 56 for 16 sums, 84 for 32, 125 for 64, 156 and 227 for 64 and 128 of other shapes
         threads_need = min(255, 42 + 7 * shape.rows * shape.columns // (160 * tile.num_warps))
-    if not on_tensor_cores:  # compiled: 40 for 8 sums, 80 to 128 for 32, 120 to 254 for 64
-        threads_need = min(255, 50 + shape.rows * shape.columns // (16 * tile.num_warps))
+    if not on_tensor_cores:
+        # Compiled by boxes: 46 for 4 sums, 40 to 56 for 8, 80 for 16, 80 to 128 for 32, 120 to 254 for 64.
+        beside = 70 if tile.formulation == "gather" else 50
+        threads_need = min(255, beside + shape.rows * shape.columns // (16 * tile.num_warps))
     if tile.formulation == "runs" and not by_warps:
         # 44 inner runs compiled for sm_90 take 38 to 168 beside their sums, half of them at most 75; runs with masks,
         # 256 pixels x 64 filters in four warps, 106.
         threads_need = min(255, threads_need + 36)
-    buffers = tile.num_stages - by_warps  # one stage is in registers there
-    resident = max(1, occupancy(threads_need, stage * buffers, tile.num_warps, gpu))
+    buffers = tile.num_stages - (by_warps or not on_tensor_cores)  # one stage is in registers there
+    shared = stage * buffers
+    if not on_tensor_cores and tile.formulation != "gather":
+        shared += shape.columns * shape.depth * item  # the pixels once more, as products read them
+    resident = max(1, occupancy(threads_need, shared, tile.num_warps, gpu))
     shared_ctas = shared_tiles * tile.splits
     phases = [(rate, whole_tiles, shape.steps, whole), (rate, shared_ctas, shape.steps / tile.splits, partial)]
     if tile.narrow:
@@ -289,6 +294,7 @@ class _Shape:
     fetch: float = 0.0  # instructions that pointers take for 16 bytes of the operands
     inside: float = 1.0  # share of the columns that lies inside the tensor: the copy engine fetches no others
     fragments: bool = False  # mma.sync, in one pixel's loads: each warp reads its operands from shared memory
+    apart: bool = False  # what is multiplied one after the other does not lie side by side: narrower reads of it
 
     def stage_bytes(self, itemsize: int) -> int:
         """Shared memory of a step."""
@@ -354,7 +360,7 @@ def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
     useful = columns / (column_tiles * tile.channels) * taps
     useful_rows = K / (row_tiles * tile.rows)
     return _Shape(
-        tiles, steps, tile.rows, tile.channels * tile.taps, tile.pixels, useful_rows, useful, inside=inside
+        tiles, steps, tile.rows, tile.channels * tile.taps, tile.pixels, useful_rows, useful, inside=inside, apart=True
     )  # fmt: skip
 
 
@@ -484,13 +490,17 @@ def _fetch(problem: Conv2dProblem, pass_: str, tile: Tile, dtype: torch.dtype, o
     return 4
 
 
-def _fused(shape: _Shape, tile: Tile) -> float:
+def _fused(shape: _Shape, tile: Tile, gpu: GPU) -> float:
     """Instructions of a thread for a step of fused multiply-adds: these, reads of 16 bytes, and what is around them.
 
-    Loops compiled for sm_80 and sm_90 lie within 6 % of this, where operands come in 16 bytes.
+    Where operands come in 16 bytes, loops compiled for sm_80 to sm_90 and sm_120 lie within 7 % of this, those of 4 and
+    8 sums by pointers within 12 %, filter gradients of 8 within 13 %.
     """
     sums = shape.rows * shape.columns / (32 * tile.num_warps)
-    return (40 if tile.formulation == "gather" else 80) + shape.depth * (sums + 1 + max(2.0, sums / 16))
+    reads = 1 + max(2.0 * shape.apart, sums / 16)
+    # sm_100's two products at a time (FFMA2) take their operands side by side: within 8 %, mostly moves.
+    moves = 0.4 * min(1.0, sums / 16) if gpu.arch // 10 == 10 else 0.0
+    return (40 if tile.formulation == "gather" else 80) + shape.depth * (sums * (1 + moves) + reads)
 
 
 class _Rates:
@@ -513,7 +523,7 @@ class _Rates:
             instructions, self.shared = by_fragments(shape, tile)
         elif not fp32.on_tensor_cores(dtype, precision):
             # Nearly all of them are products: they are taken to last as those of tensor cores do.
-            instructions, self.shared = (_fused(shape, tile) + fetched) / TENSOR_LOAD, 0.0
+            instructions, self.shared = (_fused(shape, tile, gpu) + fetched) / TENSOR_LOAD, 0.0
         elif gpu.arch >= 90:
             products, reads = _warp_groups(shape, tile)
             products *= shape.depth * dtype.itemsize / 32
@@ -536,15 +546,20 @@ class _Rates:
         self.issue = instructions * tile.num_warps / 4
         # What waits for the step before, and lets that after it wait: operands on their way in registers.
         self.alone = 0.0
-        self.stages_ahead = max(1, tile.num_stages - 1)
+        self.stages_ahead = tile.num_stages - 1
+        self.fused = 0.0  # of fused multiply-adds: a step's cycles where no other program takes turns
+        if not fp32.on_tensor_cores(dtype, precision):
+            self.fused = max(self.issue, instructions)
+            self.stages_ahead -= 1  # they read shared memory to their end: a buffer is filled again only then
 
     def step(self, active: int, programs: int) -> float:
         """The slowest, where `active` SMs run `programs` each: fewer SMs leave each more of L2, up to its port."""
         share = min(L2_PORT, self.gpu.l2 / self.gpu.clock / max(1, active))
         transfer = self.bytes / share
         # A step's operands are asked for as many steps ahead as there are buffers but one.
-        latency = (LOAD_CYCLES + transfer) / self.stages_ahead / programs
-        return max(self.tensor, self.issue, self.shared, transfer, latency) + self.alone / programs
+        wait = LOAD_CYCLES + transfer
+        alone = max(self.fused, wait / self.stages_ahead) if self.stages_ahead else self.fused + wait
+        return max(self.tensor, self.issue, self.shared, transfer, alone / programs) + self.alone / programs
 
     def phase(self, ctas: int, steps: float, out_bytes: int, resident: int) -> float:
         """Cycles of `ctas` equal programs: whole waves, one program an SM at a time, then what is left over."""

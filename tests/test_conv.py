@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -199,6 +199,27 @@ def test_small_tiles_make_the_same_numbers_as_large_ones(formulation: str) -> No
     assert reference.error(y, exact) <= 1e-5 * exact.abs().max().item()
 
 
+@pytest.mark.parametrize("gpu", ["H100", "A100"])
+@pytest.mark.parametrize("size", [((1, 200, 1, 1), (136, 200, 1, 1)), ((2, 36, 7, 5), (52, 36, 3, 3))], ids=str)
+def test_plain_fp32_in_the_tiles_of_small_batches(size: Any, gpu: str) -> None:
+    x, w, b = operands(Case("", *size), torch.float32)
+    pad = size[1][2] // 2
+    exact = F.conv2d(x.double(), w.double(), b.double(), padding=pad)
+    problem = Conv2dProblem(*size[0], size[1][0], *size[1][2:], padding=((pad, pad), (pad, pad)))
+    fprop, dgrad = (
+        tiles.choose(one, pass_, torch.float32, "ieee", hardware.GPUS[gpu])
+        for one, pass_ in ((problem, "fprop"), (problem.dgrad[0].problem, "dgrad"))
+    )
+    assert fprop.pixels <= 32 and dgrad.pixels <= 32
+    with tiles.override(**asdict(fprop)):
+        y = tk.conv2d(x, w, b, padding=pad)
+    with tiles.override(**asdict(dgrad)):
+        dx = OPS.conv2d_dgrad(y, w, x.shape, (1, 1), (pad,) * 4, (1, 1), 1, "ieee", True)
+    assert reference.error(y, exact) <= 1e-5 * exact.abs().max().item()
+    exact = reference.conv2d_dgrad(y, w, x.shape, 1, pad, 1, 1)
+    assert reference.error(dx, exact) <= 1e-5 * exact.abs().max().item()
+
+
 SHARED = {
     "all tiles in two": {"splits": 2},
     "all tiles in five, some with nothing to do": {"splits": 5},
@@ -370,6 +391,31 @@ def test_nan_and_infinity_go_where_torch_sends_them(channels: int, stride: int) 
     assert want.isnan().any() and want.isinf().any()
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.isinf(), want.isinf())
+
+
+def test_patches_by_blocks_read_nothing_beside_their_windows() -> None:
+    x, w, b = operands(Case("", (2, 3, 9, 8), (24, 3, 4, 4)), torch.float32)
+    x[:, :, 8] = float("nan")  # no window holds this row
+    exact = F.conv2d(x.double(), w.double(), b.double(), stride=4)
+    with tiles.override(formulation="box"):
+        y = tk.conv2d(x, w, b, stride=4)
+        x[1, 2, 5, 2] = float("nan")
+        holed = tk.conv2d(x, w, b, stride=4).isnan()
+    assert exact.isfinite().all() and reference.error(y, exact) <= 1e-5 * exact.abs().max().item()
+    assert holed[1, :, 1, 0].all() and holed.sum() == w.shape[0]
+
+
+def test_patches_of_plain_fp32_go_by_blocks_where_the_model_has_them_quicker() -> None:
+    patches = Conv2dProblem(32, 3, 224, 224, 768, 16, 16, (16, 16))
+    padded, overlapping = replace(patches, padding=((8, 8), (8, 8))), replace(patches, R=17)
+
+    def by_blocks(problem: Conv2dProblem, pass_: str = "fprop", gpu: str = "H100") -> bool:
+        return tiles.first_layer(problem, pass_, torch.float32, "ieee", hardware.GPUS[gpu])
+
+    assert by_blocks(patches) and by_blocks(replace(patches, N=1))
+    others = [by_blocks(padded), by_blocks(overlapping), by_blocks(patches, "wgrad"), by_blocks(patches, gpu="A100")]
+    assert not any(others)
+    assert not by_blocks(Conv2dProblem(32, 1, 28, 28, 64, 7, 7, (7, 7))), "too small for two more kernels"
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -80,6 +80,25 @@ def test_small_batches_use_half_the_gpu(name: str, batch: int) -> None:
     assert cost.predict(problem, "fprop", tile, torch.float16, "ieee", H100).ctas >= H100.sms / 2
 
 
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("batch", [1, 8, 16])
+def test_linear_layers_of_small_batches_leave_few_rows_empty_in_plain_fp32(batch: int, gpu: str) -> None:
+    for channels, filters in ((9216, 4096), (4096, 4096), (4096, 1000)):
+        problem = Conv2dProblem(batch, channels, 1, 1, filters, 1, 1)
+        tile = tiles.choose(problem, "fprop", torch.float32, "ieee", hardware.GPUS[gpu])
+        assert tile.pixels == 16, tile
+        if filters == 4096:  # the weights from DRAM, and little else
+            predicted = cost.predict(problem, "fprop", tile, torch.float32, "ieee", hardware.GPUS[gpu])
+            assert predicted.modelled_us <= 1.2 * predicted.floor_us, tile
+
+
+def test_products_on_ordinary_cores_wait_for_a_single_buffer() -> None:
+    one, two = (conv_tile.ConvTile("pixel", (128, 1, 1), 128, 32, 8, stages) for stages in (2, 3))
+    waits, runs = (cost.predict(layer("conv4"), "fprop", tile, torch.float32, "ieee", H100) for tile in (one, two))
+    assert waits.ctas_per_sm == runs.ctas_per_sm == 1
+    assert waits.modelled_us > 1.1 * runs.modelled_us
+
+
 def test_dilation_costs_nothing_at_equal_output_size() -> None:
     # A map so large that few taps lie in its padding: there dilation would skip work, and seem faster.
     times = []

@@ -379,13 +379,15 @@ def test_odd_channels_multiply_as_even_ones_do():
 @pytest.mark.slow
 def test_plain_fp32_is_mostly_products():
     layers = ("conv1", "conv3", "fc8")
-    rows = inspect.inspect_all(cases.cases("alexnet", None, ["fp32"], cases.PASSES[:3], layers), ["sm_90"])
+    chosen = cases.cases("alexnet", None, ["fp32"], cases.PASSES[:3], layers)
+    chosen += cases.cases("alexnet", 1, ["fp32"], ["fprop"], ("fc8",))
+    rows = inspect.inspect_all(chosen, ["sm_90"])
     assert [(row["layer"], row["pass"], row["arch"]) for row in rows if row["failure"] or row["stack_bytes"]] == []
     products = [row for row in rows if row["role"] == "main"]
-    assert len(products) == 2 * len(layers) + 2, "an image has no gradient"
+    assert len(products) == 2 * len(layers) + 3, "an image has no gradient"
     for row in products:
-        # Elements of three channels come one by one, each with its address.
-        limit = 1.5 if row["layer"] == "conv1" else 1.2
+        # Elements of three channels come one by one, each with its address; the tiles of one image hold few sums.
+        limit = 1.6 if row["batch"] == 1 else 1.5 if row["layer"] == "conv1" else 1.2
         assert row["loop_instructions"] <= limit * row["loop_mma"], (row["layer"], row["pass"], row["arch"])
 
 
