@@ -116,6 +116,12 @@ def test_a_tile_override_is_honoured_or_refused() -> None:
         tk.conv2d(X, W, stride=2)
     with pytest.raises(ValueError, match="block_k=24 must be a power of two"), tiles.override(block_k=24):
         tk.conv2d(X, W)
+    with pytest.raises(ValueError, match="num_warps=3: allowed are 1, 2, 4"), tiles.override(num_warps=3):
+        tk.conv2d(X, W)
+    with pytest.raises(ValueError, match="num_stages=0 must be at least 1"), tiles.override(num_stages=0):
+        tk.conv2d(X, W)
+    with pytest.raises(ValueError, match=r"box=\(-4, -4, 1\) must be images, rows"), tiles.override(box=(-4, -4, 1)):
+        tk.conv2d(X, W)
     with pytest.raises(ValueError, match="allowed are pixel, box, gather"), tiles.override(formulation="winograd"):
         pass
     with pytest.raises(TypeError, match="override has no field"), tiles.override(blocks=3):
