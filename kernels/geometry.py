@@ -298,6 +298,7 @@ def _residue(extent: int, outputs: int, window: int, stride: int, padding: Pair,
     spread = dilation // common
     before = spread * (taps - 1) - (offset + padding[0] - lowest * dilation) // stride
     after = pixels + spread * (taps - 1) - outputs - before
+    step = min(step, window)  # of a single tap, which a wide stride leaves: kernels count it in 32 bits
     return Residue(offset, taps, lowest + step * (taps - 1), -step, spread, (before, after))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tileconv.kernels as tk
-from tileconv.kernels import conv_tile, hardware, reference, tiles
+from tileconv.kernels import checks, conv_tile, hardware, reference, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv as launch_conv
 
@@ -110,6 +110,18 @@ def test_a_strided_input_gradient_runs_as_boxes() -> None:
     with tiles.override(formulation="box"):
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert reference.error(dx, exact) <= 1e-5 * exact.abs().max().item()
+
+
+def test_the_largest_strides_paddings_and_dilations() -> None:
+    most = checks.LARGEST
+    x, w, b = operands(CASES[0], torch.float32)
+    wanted = [run(lambda *t: F.conv2d(*t, stride=most), *(t.to(kind) for t in (x, w, b)), None)
+              for kind in (torch.float32, torch.float64)]  # fmt: skip
+    assert_close(run(lambda *t: tk.conv2d(*t, stride=most), x, w, b, None), *wanted)
+    # The middle of the filters meets the image's first pixel, and nothing else does.
+    met = x[..., :1, :1], w[..., 1:2, 1:2], b
+    wanted = [[F.conv2d(*(t.to(kind) for t in met))] for kind in (torch.float32, torch.float64)]
+    assert_close([tk.conv2d(x, w, b, stride=most, padding=most, dilation=most)], *wanted)
 
 
 def test_a_strided_input_gradient_is_one_launch_a_residue() -> None:
