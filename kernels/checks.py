@@ -59,12 +59,12 @@ def index(name: str, value: Any, allowed: str = "an int") -> int:
 
 def integer(name: str, value: Any, least: int) -> int:
     """An int from `least` to what kernels count to."""
-    value = index(name, value)
-    if value < least:
+    found = index(name, value)
+    if found < least:
         raise ValueError(f"{name} is {value}: allowed is {least} or more")
-    if value > LARGEST:
+    if found > LARGEST:
         raise ValueError(f"{name} is {value}: allowed are {least} to {LARGEST}")
-    return value
+    return found
 
 
 def pair(name: str, value: Any, least: int) -> tuple[int, int]:
@@ -115,20 +115,20 @@ def convolution(input: torch.Tensor, weight: Any, bias: Any, groups: Any) -> int
     tensor("weight", weight, input)
     if weight.dim() != 4 or any(extent == 0 for extent in weight.shape):
         raise ValueError(f"weight has shape {tuple(weight.shape)}: allowed is [K, C/groups, R, S], nothing empty")
-    groups = integer("groups", groups, 1)
+    count = integer("groups", groups, 1)
     channels, filters = input.shape[1], weight.shape[0]
-    if channels % groups or filters % groups:
+    if channels % count or filters % count:
         raise ValueError(
-            f"groups is {groups}: it must divide input's {channels} channels and weight's {filters} filters"
+            f"groups is {count}: it must divide input's {channels} channels and weight's {filters} filters"
         )
-    if weight.shape[1] * groups != channels:
+    if weight.shape[1] * count != channels:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}: input's {channels} channels in {groups} groups need "
-            f"weight.shape[1] = {channels // groups}"
+            f"weight has shape {tuple(weight.shape)}: input's {channels} channels in {count} groups need "
+            f"weight.shape[1] = {channels // count}"
         )
     if bias is not None:
         vector("bias", bias, input, filters)
-    return groups
+    return count
 
 
 def vector(name: str, value: Any, like: torch.Tensor, length: int) -> None:

@@ -276,8 +276,9 @@ def test_a_gradient_of_more_windows_than_two_to_the_31_takes_64_bit_offsets(kind
         size = AdaptivePool2dProblem(*problem.x_shape, *problem.y_shape[2:])
         launch = pool.plan_adaptive_max_backward(size, dy, switch, dx, gpu=hardware.GPUS["H100"])
     else:
-        dy = dy if kind != "strips" else dx.new_empty(1, 16384, 1, 1).contiguous(memory_format=memory)
-        launch = pool.plan_max_backward(problem, dy.expand(problem.y_shape), switch, None, dx, gpu=hardware.GPUS["H100"])
+        if kind == "strips":
+            dy = dx.new_empty(1, 16384, 1, 1).contiguous(memory_format=memory).expand(problem.y_shape)
+        launch = pool.plan_max_backward(problem, dy, switch, None, dx, gpu=hardware.GPUS["H100"])
     names = {"any window": "max_backward", "cells": "max_backward_cells", "strips": "max_backward_strips"}
     assert launch.kernel.__name__ == names.get(kind, "adaptive_max_backward")
     assert str(launch.arguments["INDEX"]) == "int64"

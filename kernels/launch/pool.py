@@ -151,9 +151,7 @@ def plan_adaptive_max_backward(
         **strides("y", switch, "ncpq"), **strides("x", dx, "nchw"), "R": problem.overlap[0],
         "OVER": problem.overlap[1], "S": problem.window[1], "ACC": accumulator(dx.dtype),
     }  # fmt: skip
-    return _tiled(
-        selection.adaptive_max_backward, arguments, dx, tuple(dx.shape), gpu, [dx, dy, switch], crowded=True
-    )
+    return _tiled(selection.adaptive_max_backward, arguments, dx, tuple(dx.shape), gpu, [dx, dy, switch], crowded=True)
 
 
 @dataclass(frozen=True)
