@@ -124,6 +124,17 @@ def test_the_largest_strides_paddings_and_dilations() -> None:
     assert_close([tk.conv2d(x, w, b, stride=most, padding=most, dilation=most)], *wanted)
 
 
+@pytest.mark.parametrize("formulation", conv_tile.FORMULATIONS)
+def test_pixels_that_no_tap_reaches_get_zero_whatever_the_filters_hold(formulation: str) -> None:
+    w = torch.full((16, 16, 2, 1), float("nan"), dtype=torch.float16)
+    x = torch.zeros(2, 16, 9, 4, dtype=torch.float16).contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+    y = tk.conv2d(x, w, stride=4)
+    with tiles.override(formulation=formulation, box=(16, 1, 1)):
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx[:, :, [0, 1, 4, 5], 0].isnan().all()
+    assert not dx[..., 1:].any() and not dx[:, :, [2, 3, 6, 7]].any()
+
+
 def test_a_strided_input_gradient_is_one_launch_a_residue() -> None:
     problem = Conv2dProblem(2, 16, 9, 9, 16, 3, 3, (2, 3), ((1, 1), (1, 1)))
     dy, w, dx = (torch.empty(shape) for shape in (problem.y_shape, problem.w_shape, problem.x_shape))
