@@ -155,7 +155,7 @@ def run_job(
     """
     if job.batch < 2:
         raise ValueError(f"batch={job.batch} must be at least 2: with one image, mixed-up images would go unseen")
-    if job.minutes <= 0:
+    if not job.minutes > 0:  # as NaN is not
         raise ValueError(f"minutes={job.minutes:g} must be more than 0")
     todo, providers = job.measured(), chosen(job.providers)
     require_writable(out)

@@ -99,7 +99,9 @@ def _not_measured(record: Record) -> tuple[str, str, str, Table]:
     short = [line for line in held if not line.met]
     rows = tuple(short_cells(line) for line in short[:SHOWN])
     caption = f"Furthest from target, {len(rows)} of {len(short)}; inspected and modelled"
-    keep = [SHORT_HEADER.index(name) for name in ("layer", "pass", "target", "times the limit")]
+    several = ("architecture",) if len(archs_of(record.inspections)) > 1 else ()
+    shown = ("layer", "pass", "dtype", *several, "target", "times the limit")
+    keep = [SHORT_HEADER.index(name) for name in shown]
     header = tuple(SHORT_HEADER[i] for i in keep)
     table = Table(header, tuple(tuple(row[i] for i in keep) for row in rows), caption=caption if held else "")
     return "Speed-up over cuDNN", "not measured", note, table

@@ -222,7 +222,7 @@ def run_selftest(
     """
     from tileconv.kernels import hardware
 
-    if minutes <= 0:
+    if not minutes > 0:  # as NaN is not
         raise ValueError(f"minutes={minutes:g} must be more than 0")
     deadline = time.monotonic() + 60 * minutes
     rehearsal = hardware.interpreting()

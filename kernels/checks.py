@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from tileconv.kernels import fp32, hardware
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = (None, "relu")
 PRECISIONS = fp32.NAMES
+LARGEST = 1 << 28  # kernels count places in 32 bits, and add a few of these: window, padding and stride
 
 
 def tensor(name: str, value: Any, like: torch.Tensor | None = None) -> None:
@@ -42,13 +44,27 @@ def image(name: str, value: Any) -> torch.Tensor:
     return batched
 
 
+def index(name: str, value: Any, allowed: str = "an int") -> int:
+    """What Python takes for an index, as numpy's integers and torch's of no axis are; bools and floats are none."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    number = not (value.dim() or value.dtype == torch.bool) if isinstance(value, torch.Tensor) else value is not True
+    try:
+        if number and value is not False:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be {allowed}, not {value!r}")
+
+
 def integer(name: str, value: Any, least: int) -> int:
-    """An int of at least `least`; bools and floats are not ints."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if value < least:
+    """An int from `least` to what kernels count to."""
+    found = index(name, value)
+    if found < least:
         raise ValueError(f"{name} is {value}: allowed is {least} or more")
-    return value  # type: ignore[return-value]
+    if found > LARGEST:
+        raise ValueError(f"{name} is {value}: allowed are {least} to {LARGEST}")
+    return found
 
 
 def pair(name: str, value: Any, least: int) -> tuple[int, int]:
@@ -94,24 +110,25 @@ def probability(name: str, value: Any) -> float:
     return float(value)
 
 
-def convolution(input: torch.Tensor, weight: Any, bias: Any, groups: Any) -> None:
-    """Filters [K, C/groups, R, S] and bias [K] that fit the input [N, C, H, W]."""
+def convolution(input: torch.Tensor, weight: Any, bias: Any, groups: Any) -> int:
+    """Filters [K, C/groups, R, S] and bias [K] that fit the input [N, C, H, W]; returns the groups."""
     tensor("weight", weight, input)
     if weight.dim() != 4 or any(extent == 0 for extent in weight.shape):
         raise ValueError(f"weight has shape {tuple(weight.shape)}: allowed is [K, C/groups, R, S], nothing empty")
-    integer("groups", groups, 1)
+    count = integer("groups", groups, 1)
     channels, filters = input.shape[1], weight.shape[0]
-    if channels % groups or filters % groups:
+    if channels % count or filters % count:
         raise ValueError(
-            f"groups is {groups}: it must divide input's {channels} channels and weight's {filters} filters"
+            f"groups is {count}: it must divide input's {channels} channels and weight's {filters} filters"
         )
-    if weight.shape[1] * groups != channels:
+    if weight.shape[1] * count != channels:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}: input's {channels} channels in {groups} groups need "
-            f"weight.shape[1] = {channels // groups}"
+            f"weight has shape {tuple(weight.shape)}: input's {channels} channels in {count} groups need "
+            f"weight.shape[1] = {channels // count}"
         )
     if bias is not None:
         vector("bias", bias, input, filters)
+    return count
 
 
 def vector(name: str, value: Any, like: torch.Tensor, length: int) -> None:

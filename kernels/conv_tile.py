@@ -14,6 +14,7 @@ from tileconv.kernels.hardware import GPU
 FORMULATIONS = ("pixel", "box", "gather")
 PASSES = ("fprop", "dgrad", "wgrad")
 MAX_NUMEL = 1 << 20  # Triton's limit for the elements of one block
+WARPS = (1, 2, 4, 8, 16, 32)  # of one block: 1,024 threads at the most
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,15 @@ def why_invalid(
     extents = {"box": tile.pixels, "block_k": tile.block_k, "block_c": tile.block_c}
     if tile.formulation not in FORMULATIONS:
         return f"formulation={tile.formulation!r} is unknown: allowed are {', '.join(FORMULATIONS)}"
+    if len(tile.box) != 3 or min(tile.box) < 1:
+        return f"box={tile.box} must be images, rows and columns, each at least 1"
     for name, extent in extents.items():
         if extent < 16 or extent != power_of_two(extent):
             return f"{name}={extent} must be a power of two of at least 16"
+    if tile.num_warps not in WARPS:
+        return f"num_warps={tile.num_warps}: allowed are {', '.join(map(str, WARPS))}"
+    if tile.num_stages < 1:
+        return f"num_stages={tile.num_stages} must be at least 1"
     if tile.shift:
         ready = problem.stride[1] == problem.dilation[1] == tile.box[2] == 1 and tile.block_k2 == tile.block_k
         if pass_ == "wgrad" or tile.formulation == "gather" or not ready:

@@ -72,7 +72,9 @@ def convert(
 
     Module objects, parameters, buffers, hooks, flags and state_dict keys stay.  Weights of convolutions become
     channels_last, and with them by PyTorch's rule the activations: a model that flattens these with `view` must say
-    `flatten` or `reshape`, as for model.to(memory_format=torch.channels_last).
+    `flatten` or `reshape`, as for model.to(memory_format=torch.channels_last).  As there, what flattens weights or
+    their gradients so refuses them: torch.optim.LBFGS and torch.nn.utils.parameters_to_vector.  torch.jit.trace needs
+    torch.no_grad(): it can save no gradients of our kernels.
 
     ops: what to do, of the functions' names in `OPS` ("conv2d", "linear", "max_pool2d", "relu", ...), "fuse" and
     "fuse_pool"; None is all.  "fuse" makes one kernel of a Conv2d or Linear and the ReLU module, in place or not, that

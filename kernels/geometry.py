@@ -292,12 +292,13 @@ def _residue(extent: int, outputs: int, window: int, stride: int, padding: Pair,
     step = stride // common
     lowest = next((r for r in range(min(step, window)) if (offset + padding[0] - r * dilation) % stride == 0), None)
     pixels = (extent - offset + stride - 1) // stride
-    if lowest is None:  # no tap reaches these pixels: a problem without taps, whose output is zero
-        return Residue(offset, 0, 0, 1, 1, (0, pixels - outputs - 1))
+    if lowest is None:  # no tap reaches these pixels: a problem without taps, whose output is zero, whatever taps hold
+        return Residue(offset, 0, -1, -1, 1, (0, pixels - outputs - 1))
     taps = (window - 1 - lowest) // step + 1
     spread = dilation // common
     before = spread * (taps - 1) - (offset + padding[0] - lowest * dilation) // stride
     after = pixels + spread * (taps - 1) - outputs - before
+    step = min(step, window)  # of a single tap, which a wide stride leaves: kernels count it in 32 bits
     return Residue(offset, taps, lowest + step * (taps - 1), -step, spread, (before, after))
 
 

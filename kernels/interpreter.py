@@ -8,6 +8,7 @@ Checked with Triton 3.6 to 3.9; an attribute that is missing is an error, never 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -660,9 +661,11 @@ def _init_args_hst(original: Any) -> Any:
 
 
 def _launch(original: Any) -> Any:
+    one_at_a_time = threading.RLock()  # a launch patches triton.language, and at its end takes that from other threads'
+
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            with np.errstate(all="ignore"):  # a GPU does not warn of overflow either
+            with one_at_a_time, np.errstate(all="ignore"):  # a GPU does not warn of overflow either
                 return original(self, *args, **kwargs)
         except InterpreterError as error:
             cause: BaseException | None = error

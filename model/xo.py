@@ -415,7 +415,7 @@ def _show(axes: Any, image: Tensor | None) -> None:
 
 def xo(
     report: Annotated[Path | None, typer.Option(help="Also write xo.md and its pictures into this folder.")] = None,
-    steps: Annotated[int, typer.Option(help="Of training.")] = 200,
+    steps: Annotated[int, typer.Option(help="Of training.", min=1)] = 200,
     seed: Annotated[int, typer.Option(help="Of weights and pictures.", min=0)] = 0,
 ) -> None:
     """Tell an X from an O: with three filters made by hand, then with three found by training."""

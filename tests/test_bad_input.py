@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,15 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "stride of three": (ValueError, r"stride is \(1, 1, 1\)", lambda: tk.conv2d(X, W, stride=(1, 1, 1))),
     "fractional stride": (TypeError, "stride must be an int, not 1.5", lambda: tk.conv2d(X, W, stride=1.5)),
     "boolean dilation": (TypeError, "dilation must be an int, not True", lambda: tk.conv2d(X, W, dilation=True)),
+    "stride beyond what is counted": (ValueError, "stride is 1099511627776: allowed are 1 to 268435456",
+                              lambda: tk.conv2d(X, W, stride=2**40)),
+    "size beyond what is counted": (ValueError, "output_size is 268435457: allowed are 1 to 268435456",
+                            lambda: tk.adaptive_avg_pool2d(X, (1, 2**28 + 1))),
+    "bool of numpy": (TypeError, "stride must be an int, not np.True_", lambda: tk.conv2d(X, W, stride=np.True_)),
+    "bool tensor": (TypeError, r"groups must be an int, not tensor\(True\)",
+                    lambda: tk.conv2d(X, W, groups=torch.tensor(True))),
+    "tensor of one": (TypeError, r"dilation must be an int, not tensor\(\[1\]\)",
+                      lambda: tk.conv2d(X, W, dilation=torch.tensor([1]))),
     "negative padding": (ValueError, "padding is -1: allowed is 0 or more", lambda: tk.conv2d(X, W, padding=-1)),
     "padding word": (ValueError, "padding is 'full': allowed are 'valid', 'same'",
                      lambda: tk.conv2d(X, W, padding="full")),
@@ -71,6 +81,23 @@ def test_refusals(error: type[Exception], words: str, call: Callable[[], Any], m
     with pytest.raises(error, match=words):
         call()
     assert not allocated
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])
+def test_whatever_is_an_index_is_an_int(kind: Callable[[int], Any]) -> None:
+    one, two, four = (kind(value) for value in (1, 2, 4))
+    pairs = [
+        (tk.conv2d(X, W[:, :4], None, (one, two), two, one, groups=two), tk.conv2d(X, W[:, :4], None, (1, 2), 2, 1, 2)),
+        (tk.conv_transpose2d(X[:, :4], W, None, two, one, one), tk.conv_transpose2d(X[:, :4], W, None, 2, 1, 1)),
+        (tk.conv2d_max_pool2d(X, W, stride=one, pool_kernel_size=two), tk.conv2d_max_pool2d(X, W, pool_kernel_size=2)),
+        (tk.max_pool2d(X, two, one, one), tk.max_pool2d(X, 2, 1, 1)),
+        (tk.avg_pool2d(X, two, divisor_override=four), tk.avg_pool2d(X, 2, divisor_override=4)),
+        (tk.adaptive_avg_pool2d(X, two), tk.adaptive_avg_pool2d(X, 2)),
+        (tk.softmax(X, one), tk.softmax(X, 1)),
+        (tk.nn.Conv2d(8, 4, (four, two))(X).shape, (2, 4, 3, 5)),
+    ]
+    for got, want in pairs:
+        assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want
 
 
 OPS = torch.ops.tileconv
@@ -115,6 +142,12 @@ def test_a_tile_override_is_honoured_or_refused() -> None:
     with pytest.raises(ValueError, match="needs stride 1"), tiles.override(formulation="box"):
         tk.conv2d(X, W, stride=2)
     with pytest.raises(ValueError, match="block_k=24 must be a power of two"), tiles.override(block_k=24):
+        tk.conv2d(X, W)
+    with pytest.raises(ValueError, match="num_warps=3: allowed are 1, 2, 4"), tiles.override(num_warps=3):
+        tk.conv2d(X, W)
+    with pytest.raises(ValueError, match="num_stages=0 must be at least 1"), tiles.override(num_stages=0):
+        tk.conv2d(X, W)
+    with pytest.raises(ValueError, match=r"box=\(-4, -4, 1\) must be images, rows"), tiles.override(box=(-4, -4, 1)):
         tk.conv2d(X, W)
     with pytest.raises(ValueError, match="allowed are pixel, box, gather"), tiles.override(formulation="winograd"):
         pass

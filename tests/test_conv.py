@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tileconv.kernels as tk
-from tileconv.kernels import conv_tile, hardware, reference, tiles
+from tileconv.kernels import checks, conv_tile, hardware, reference, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv as launch_conv
 
@@ -110,6 +110,29 @@ def test_a_strided_input_gradient_runs_as_boxes() -> None:
     with tiles.override(formulation="box"):
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert reference.error(dx, exact) <= 1e-5 * exact.abs().max().item()
+
+
+def test_the_largest_strides_paddings_and_dilations() -> None:
+    most = checks.LARGEST
+    x, w, b = operands(CASES[0], torch.float32)
+    wanted = [run(lambda *t: F.conv2d(*t, stride=most), *(t.to(kind) for t in (x, w, b)), None)
+              for kind in (torch.float32, torch.float64)]  # fmt: skip
+    assert_close(run(lambda *t: tk.conv2d(*t, stride=most), x, w, b, None), *wanted)
+    # The middle of the filters meets the image's first pixel, and nothing else does.
+    met = x[..., :1, :1], w[..., 1:2, 1:2], b
+    wanted = [[F.conv2d(*(t.to(kind) for t in met))] for kind in (torch.float32, torch.float64)]
+    assert_close([tk.conv2d(x, w, b, stride=most, padding=most, dilation=most)], *wanted)
+
+
+@pytest.mark.parametrize("formulation", conv_tile.FORMULATIONS)
+def test_pixels_that_no_tap_reaches_get_zero_whatever_the_filters_hold(formulation: str) -> None:
+    w = torch.full((16, 16, 2, 1), float("nan"), dtype=torch.float16)
+    x = torch.zeros(2, 16, 9, 4, dtype=torch.float16).contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+    y = tk.conv2d(x, w, stride=4)
+    with tiles.override(formulation=formulation, box=(16, 1, 1)):
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx[:, :, [0, 1, 4, 5], 0].isnan().all()
+    assert not dx[..., 1:].any() and not dx[:, :, [2, 3, 6, 7]].any()
 
 
 def test_a_strided_input_gradient_is_one_launch_a_residue() -> None:

@@ -316,6 +316,7 @@ def test_what_cannot_be_honoured_raises() -> None:
         ({"formulation": "gather"}, "no gather"),
         ({"formulation": "box", "box": (4, 2, 2)}, "windows that do not overlap"),
         ({"formulation": "pixel", "splits": 2}, "no splits"),
+        ({"formulation": "pixel", "half": True}, "no half boxes"),
     ):
         with tiles.override(**tile), pytest.raises(ValueError, match=f"cannot run as one kernel: .*{why}"):
             plan_conv_pool(problem, pool, x, w, b, y, None, gpu=hardware.INTERPRETER)

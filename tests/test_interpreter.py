@@ -4,8 +4,11 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from torch import Tensor
 from triton.runtime import interpreter as stock
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import tileconv.kernels as tk
 from tileconv.kernels import hardware, interpreter
 
 pytestmark = pytest.mark.skipif(not hardware.interpreting(), reason="tests of Triton's interpreter")
@@ -636,6 +640,36 @@ def test_map_elementwise_is_a_call_on_blocks_and_refuses_what_that_cannot_do() -
 
 
 # The repair itself.
+
+
+class Together(interpreter._Watcher):
+    """How many launches there are at once, at most."""
+
+    now = most = 0
+
+    def begin(self, tensors: list[Any]) -> None:
+        self.now += 1
+        time.sleep(0.02)
+        self.most = max(self.most, self.now)
+        self.now -= 1
+
+    def touch(self, kind: str, addresses: Any, size: int) -> None:
+        """Nothing."""
+
+
+def test_launches_of_threads_wait_for_each_other() -> None:
+    """A launch patches triton.language for the process: side by side, the first to end took that from the other."""
+    x, together = torch.arange(-8.0, 8.0), Together()
+    begin = threading.Barrier(4)
+
+    def run(i: int) -> Tensor:
+        begin.wait()
+        return tk.relu(x + i)
+
+    with interpreter._watching(together), ThreadPoolExecutor(4) as pool:
+        every = list(pool.map(run, range(4)))
+    assert together.most == 1
+    assert all(torch.equal(y, (x + i).relu()) for i, y in enumerate(every))
 
 
 def test_repair_is_idempotent() -> None:

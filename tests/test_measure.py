@@ -984,6 +984,7 @@ def test_suites_about_latency_are_always_replayed_from_graphs(cuda):
         (["--provider", "cudn-heuristic"], "nearest: cudnn-heuristic"),
         (["--provider", "flaggems"], "pip install flag_gems"),
         (["--minutes", "0"], "minutes=0 must be more than 0"),
+        (["--minutes", "nan"], "minutes=nan must be more than 0"),
     ],
 )
 def test_bad_arguments_are_said_before_anything_runs(tmp_path, monkeypatch, arguments, message):

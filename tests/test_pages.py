@@ -317,6 +317,15 @@ def test_the_page_without_a_gpu_says_measured_nothing(rendered):
     assert 'class="badge measured"' not in rendered["none"].read_text()
 
 
+@pytest.mark.parametrize(("name", "values"), [("dtype", ("fp16", "bf16")), ("architecture", ("sm_90", "sm_80"))])
+def test_what_is_furthest_from_target_is_told_apart(name, values):
+    field = {"architecture": "arch"}.get(name, name)
+    rows = tuple(dataclasses.replace(an_inspection("conv2"), failure="no", **{field: value}) for value in values)
+    table = report_lead.lead(a_record("none", inspections=rows)).table
+    assert {row[table.header.index(name)] for row in table.rows} == set(values)
+    assert len(set(table.rows)) == len(table.rows) > 1
+
+
 def test_the_model_stands_beside_published_products(rendered):
     text = rendered["none"].with_suffix(".md").read_text()
     assert "| 8192 x 8192 x 512 | fp16 | H100 | 540 | 537 | 0.99 | an example |" in text

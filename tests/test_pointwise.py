@@ -72,7 +72,9 @@ def test_dropout_gradient_of_another_layout_meets_the_same_mask() -> None:
 def test_dropout_edges() -> None:
     x = torch.randn(5, 5)
     assert tk.dropout(x, 0.5, training=False) is x
-    assert torch.equal(tk.dropout(x, 0.0), x)
+    before = torch.get_rng_state()
+    assert tk.dropout(x, 0.0) is x
+    assert torch.equal(torch.get_rng_state(), before), "as in PyTorch, what is drawn later stays the same"
     assert torch.equal(tk.dropout(x, 1.0), torch.zeros_like(x))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

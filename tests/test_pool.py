@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tileconv.kernels as tk
 from tileconv.kernels import hardware, reference, strip_tiles
-from tileconv.kernels.geometry import Pool2dProblem
+from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
 from tileconv.kernels.launch import pool
 from tileconv.kernels.strip_tiles import StripTile
 
@@ -260,3 +260,25 @@ def test_contiguous_gradients_are_made_in_cells(
     launch = pool.plan_max_backward(problem, y, y.to(torch.uint8), None, x, gpu=hardware.GPUS["H100"])
     assert launch.kernel.__name__ == kernel
     assert launch.arguments.get("ABREAST") == abreast
+
+
+@pytest.mark.parametrize("kind", ["any window", "cells", "strips", "adaptive"])
+def test_a_gradient_of_more_windows_than_two_to_the_31_takes_64_bit_offsets(kind: str) -> None:
+    """The switch alone reaches so far: the gradient is expanded, and the image has fewer pixels than windows."""
+    window = {"any window": ((8, 7), (1, 1), (4, 3), (1, 1)), "strips": ((2, 2), (1, 1), (1, 1), (1, 1))}
+    problem = Pool2dProblem(1, 16384, 8, 15_000, *window.get(kind, ((2, 1), (1, 1), (1, 0), (1, 1))))
+    memory = torch.contiguous_format if kind == "any window" else CHANNELS_LAST
+    dx = torch.empty(problem.x_shape, dtype=torch.float16, device="meta").contiguous(memory_format=memory)
+    switch = torch.empty(problem.y_shape, dtype=torch.uint8, device="meta").contiguous(memory_format=memory)
+    dy = dx.new_empty(1).expand(problem.y_shape)
+    assert dx.numel() < 2**31 - 2**20 < 2**31 < switch.numel()
+    if kind == "adaptive":
+        size = AdaptivePool2dProblem(*problem.x_shape, *problem.y_shape[2:])
+        launch = pool.plan_adaptive_max_backward(size, dy, switch, dx, gpu=hardware.GPUS["H100"])
+    else:
+        if kind == "strips":
+            dy = dx.new_empty(1, 16384, 1, 1).contiguous(memory_format=memory).expand(problem.y_shape)
+        launch = pool.plan_max_backward(problem, dy, switch, None, dx, gpu=hardware.GPUS["H100"])
+    names = {"any window": "max_backward", "cells": "max_backward_cells", "strips": "max_backward_strips"}
+    assert launch.kernel.__name__ == names.get(kind, "adaptive_max_backward")
+    assert str(launch.arguments["INDEX"]) == "int64"

@@ -314,6 +314,7 @@ def test_a_failure_is_the_exit_status(file, monkeypatch):
     [
         (["--dtype", "float16"], 2, "dtype='float16' is unknown"),
         (["--minutes", "0"], 2, "minutes=0 must be more than 0"),
+        (["--minutes", "nan"], 2, "minutes=nan must be more than 0"),
         (["--sanitize"], 3, "compute-sanitizer is not on PATH"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,6 +160,24 @@ def test_export(strict: bool) -> None:
     graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
     assert any("tileconv" in str(node.target) for graph in graphs for node in graph.nodes)
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_jit_trace_of_a_converted_model_needs_no_grad(tmp_path: Path) -> None:
+    layers = [
+        torch.nn.Conv2d(3, 4, 3),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, 2),
+    ]
+    model = tk.convert(torch.nn.Sequential(*layers))
+    x, more = torch.randn(2, 3, 6, 6), torch.randn(5, 3, 6, 6)
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace keeps no gradients .* trace in torch.no_grad\(\)"):
+        torch.jit.trace(model, x)
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(model, x), tmp_path / "model.pt")
+        assert torch.equal(torch.jit.load(tmp_path / "model.pt")(more), model(more))
 
 
 def test_func_grad_and_vmap() -> None:

@@ -97,6 +97,8 @@ def test_the_command_names_errors() -> None:
 
     app = typer.Typer()
     app.command()(xo.xo)
-    result = CliRunner().invoke(app, ["--steps", "0"])
-    assert result.exit_code == 2
-    assert "steps is 0" in result.output
+    for option, value in (("--steps", "-1"), ("--seed", "-1")):
+        result = CliRunner().invoke(app, [option, value])
+        assert result.exit_code == 2
+        assert f"Invalid value for '{option}'" in result.output
+        assert "by hand" not in result.output, "nothing ran before"

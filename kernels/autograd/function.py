@@ -22,14 +22,21 @@ class Function(torch.autograd.Function):
 
 
 def door(function: type[Function], op: Callable[..., Any]) -> Callable[..., Any]:
-    """A call that goes through the Function where autograd must see it, else straight to the op."""
+    """A call that goes through the Function where autograd must see it, else straight to the op.
+
+    Raises RuntimeError where torch.jit.trace meets a Function: it can neither check nor save one.
+    """
 
     def call(*arguments: Any) -> Any:
         # Forward mode and torch.func count too: past the Function they would lose a tangent without a word.
         seen = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
         if not seen and torch.is_grad_enabled():
             seen = any(isinstance(value, torch.Tensor) and value.requires_grad for value in arguments)
-        return function.apply(*arguments) if seen else op(*arguments)  # type: ignore[no-untyped-call]
+        if not seen:
+            return op(*arguments)
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError("torch.jit.trace keeps no gradients of tileconv's kernels: trace in torch.no_grad()")
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
 
     return call
 

@@ -84,7 +84,7 @@ def _prepare(
     checks.choice("activation", activation, checks.ACTIVATIONS)
     batched = checks.image("input", input)
     batched, weight, bias = autocast(batched, weight, bias)
-    checks.convolution(batched, weight, bias, groups)
+    groups = checks.convolution(batched, weight, bias, groups)
     stride = checks.pair("stride", stride, 1)
     dilation = checks.pair("dilation", dilation, 1)
     geometry = stride, _conv_padding(padding, weight.shape[2:], stride, dilation), dilation, groups

@@ -96,7 +96,7 @@ def conv2d_im2col(
     checks.choice("activation", activation, checks.ACTIVATIONS)
     batched = checks.image("input", input)
     batched, weight, bias = autocast(batched, weight, bias)
-    checks.convolution(batched, weight, bias, groups)
+    groups = checks.convolution(batched, weight, bias, groups)
     kernel, stride, dilation = _window(tuple(weight.shape[2:]), stride, dilation)
     edges = _conv_padding(padding, kernel, stride, dilation)
     problem = conv2d_problem(batched.shape, weight.shape, stride, edges, dilation, groups)

@@ -61,8 +61,7 @@ def cross_entropy(
         raise ValueError("size_average and reduce are deprecated and must be None: use reduction")
     checks.choice("reduction", reduction, REDUCTIONS)
     label_smoothing = checks.probability("label_smoothing", label_smoothing)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, not {ignore_index!r}")
+    ignore_index = checks.index("ignore_index", ignore_index)
     checks.tensor("input", input)
     if input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
         raise ValueError(f"input has shape {tuple(input.shape)}: allowed are [C], [N, C] and [N, C, d1, ...], C not 0")
@@ -110,8 +109,7 @@ def _softmax(input: torch.Tensor, dim: Any, dtype: torch.dtype | None, log: bool
         if isinstance(input, torch.Tensor):
             input = input.to(dtype)
     checks.tensor("input", input)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, not {dim!r}")
+    dim = checks.index("dim", dim)
     axes = max(input.dim(), 1)
     if not -axes <= dim < axes:
         raise ValueError(f"dim is {dim}: allowed are {-axes} to {axes - 1}")

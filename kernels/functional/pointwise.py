@@ -16,14 +16,15 @@ def relu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
 
 
 def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """While training zero elements with probability p and divide the others by 1 - p; otherwise return input.
+    """While training zero elements with probability p and divide the others by 1 - p; otherwise, or with p 0, return
+    input.
 
     The mask comes from a counter-based generator (Philox) whose seed PyTorch's generator of that device gives; it is
     never stored.
     """
     checks.tensor("input", input)
     p = checks.probability("p", p)
-    if not training:
+    if not training or p == 0:  # no seed is drawn: as in PyTorch, what is drawn after it stays the same
         return input
     output: torch.Tensor = autograd.dropout(input, drawn_seed(input.device), p)
     return input.copy_(output) if inplace else output

@@ -102,8 +102,8 @@ def avg_pool2d(
     batched = checks.image("input", input)
     kernel = checks.pair("kernel_size", kernel_size, 1)
     window = kernel, _stride(stride, kernel), checks.pair("padding", padding, 0)
-    if divisor_override is not None and (isinstance(divisor_override, bool) or not isinstance(divisor_override, int)):
-        raise TypeError(f"divisor_override must be an int or None, not {divisor_override!r}")
+    if divisor_override is not None:
+        divisor_override = checks.index("divisor_override", divisor_override, "an int or None")
     if divisor_override == 0:
         raise ValueError("divisor_override is 0: allowed are other ints and None")
     pool2d_problem(batched.shape, *window, (1, 1), bool(ceil_mode))  # raises if nothing is left
@@ -181,7 +181,7 @@ def _stride(stride: IntOrPair | None, kernel: tuple[int, int], name: str = "stri
 
 
 def _adaptive_size(output_size: Any, image: torch.Tensor) -> tuple[int, ...]:
-    wanted = (output_size, output_size) if output_size is None or isinstance(output_size, int) else tuple(output_size)
+    wanted = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
     if len(wanted) != 2:
         raise ValueError(f"output_size is {output_size!r}: allowed are an int, None, or a pair of them")
     return tuple(

@@ -42,7 +42,7 @@ def conv_transpose2d(
     checks.tensor("weight", weight, batched)
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: allowed is [K, C/groups, R, S], nothing empty")
-    checks.integer("groups", groups, 1)
+    groups = checks.integer("groups", groups, 1)
     if batched.shape[1] != weight.shape[0]:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}: input's {batched.shape[1]} channels need weight.shape[0] = "

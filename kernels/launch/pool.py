@@ -74,10 +74,11 @@ def plan_max_backward(
         "MASK": y is not None, "ACC": accumulator(dx.dtype),
     }  # fmt: skip
     cells = strip_tiles.cells(problem)
+    images = [dx, dy, switch]  # windows may outnumber pixels, and an expanded dy does not reach far
     if tile := _strips(problem, "backward", gpu, [dy, switch, dx], strips):
-        return _in_strips(pool_strips.max_backward_strips, arguments, tile, cells, [dx, dy])
+        return _in_strips(pool_strips.max_backward_strips, arguments, tile, cells, images)
     if not _in_cells(problem, dx):
-        return _tiled(device.max_backward, arguments, dx, problem.x_shape, gpu, [dx, dy])
+        return _tiled(device.max_backward, arguments, dx, problem.x_shape, gpu, images)
     del arguments["DIL_H"], arguments["DIL_W"]
     # 16 bytes of a row, where rows begin at multiples of them; elsewhere a join costs registers and saves nothing.
     aligned = all(extent * dx.itemsize % 16 == 0 for extent in (problem.padding[1], dx.stride(2)))
@@ -85,7 +86,7 @@ def plan_max_backward(
     arguments |= {"CELLS_H": cells[0], "CELLS_W": cells[1], "ABREAST": 2 if abreast else 1}
     shape = (problem.N, problem.C, *cells)
     crowded = _windows_over_cell(problem) > 1
-    return _tiled(device.max_backward_cells, arguments, dx, shape, gpu, [dx, dy], crowded=crowded)
+    return _tiled(device.max_backward_cells, arguments, dx, shape, gpu, images, crowded=crowded)
 
 
 def _in_cells(problem: Pool2dProblem, dx: torch.Tensor) -> bool:
@@ -150,7 +151,7 @@ def plan_adaptive_max_backward(
         **strides("y", switch, "ncpq"), **strides("x", dx, "nchw"), "R": problem.overlap[0],
         "OVER": problem.overlap[1], "S": problem.window[1], "ACC": accumulator(dx.dtype),
     }  # fmt: skip
-    return _tiled(selection.adaptive_max_backward, arguments, dx, tuple(dx.shape), gpu, [dx, dy], crowded=True)
+    return _tiled(selection.adaptive_max_backward, arguments, dx, tuple(dx.shape), gpu, [dx, dy, switch], crowded=True)
 
 
 @dataclass(frozen=True)
