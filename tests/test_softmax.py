@@ -79,6 +79,14 @@ def test_infinities_and_nan_as_torch_has_them() -> None:
                 torch.testing.assert_close(got, want, equal_nan=True)
 
 
+def test_label_smoothing_is_exact_in_fp64() -> None:
+    x, target = torch.randn(4, 7, 5, dtype=torch.float64, requires_grad=True), torch.randint(0, 7, (4, 5))
+    ours, theirs = (f(x, target, label_smoothing=0.1) for f in (tk.cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
+    grads = [torch.autograd.grad(loss, x)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])

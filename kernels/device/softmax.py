@@ -188,6 +188,7 @@ def cross_entropy_forward(
     stride_ti,
     ignore_index,
     smoothing,
+    smoothing_rest,  # what fp32, in which numbers are passed, leaves of it
     INDEXED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SMOOTH: tl.constexpr,
@@ -197,6 +198,7 @@ def cross_entropy_forward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    smoothing = tl.cast(smoothing, ACC) + smoothing_rest
     D *= ALIGN
     if not INDEXED:
         stride_to *= ALIGN
@@ -272,6 +274,7 @@ def cross_entropy_backward(
     stride_yi,
     ignore_index,
     smoothing,
+    smoothing_rest,
     PER_ROW: tl.constexpr,
     TO_TARGET: tl.constexpr,
     INDEXED: tl.constexpr,
@@ -283,6 +286,7 @@ def cross_entropy_backward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    smoothing = tl.cast(smoothing, ACC) + smoothing_rest
     D *= ALIGN
     if not INDEXED:
         stride_to *= ALIGN

@@ -67,9 +67,10 @@ def _targets(
 ) -> dict[str, Any]:
     indexed = target.dim() == 2
     across = strides("t", target.unsqueeze(1) if indexed else target, "odi")
+    near = torch.tensor(smoothing, dtype=torch.float32).item()
     return {
         "x": x, "target": target, "weight": weight, **strides("x", x, "odi"), **across, "ignore_index": ignore_index,
-        "smoothing": smoothing, "INDEXED": indexed, "HAS_WEIGHT": weight is not None, "SMOOTH": smoothing > 0,
+        "smoothing": near, "smoothing_rest": smoothing - near, "INDEXED": indexed, "HAS_WEIGHT": weight is not None, "SMOOTH": smoothing > 0,
     }  # fmt: skip
 
 
