@@ -70,7 +70,8 @@ def _targets(
     near = torch.tensor(smoothing, dtype=torch.float32).item()
     return {
         "x": x, "target": target, "weight": weight, **strides("x", x, "odi"), **across, "ignore_index": ignore_index,
-        "smoothing": near, "smoothing_rest": smoothing - near, "INDEXED": indexed, "HAS_WEIGHT": weight is not None, "SMOOTH": smoothing > 0,
+        "smoothing": near, "smoothing_rest": smoothing - near, "INDEXED": indexed, "HAS_WEIGHT": weight is not None,
+        "SMOOTH": smoothing > 0,
     }  # fmt: skip
 
 
