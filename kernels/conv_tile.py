@@ -28,8 +28,8 @@ class ConvTile:
     from the same pixels and the same filters.  With `half` a program makes half a box more with the same filters: boxes
     cover the first columns of the output, half boxes the others; with `shift` the half box lies below the box.
     In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 to 5) taps, with `half` half as
-    many channels more of one tap, and `splits` share the pixels.  With `last` the taps that are left over have a loop of
-    their own: so many programs share the pixels of those.
+    many channels more of one tap, and `splits` share the pixels.  With `last` the taps that are left over have
+    programs of their own, of which so many share the pixels.
     """
 
     formulation: str
@@ -192,8 +192,8 @@ def why_invalid(
     left = problem.taps % tile.taps if tile.taps < problem.taps else 0
     if tile.last and (not left or not 1 <= tile.last <= tile.splits):
         return (
-            f"last={tile.last} needs wgrad and taps that are left over (these are {problem.taps}, {tile.taps} at a time), and is at most "
-            f"splits={tile.splits}"
+            f"last={tile.last} needs wgrad and taps left over of {problem.taps}, taps={tile.taps} at a time, and is at "
+            f"most splits={tile.splits}"
         )
     if max(tile.block_k * tile.pixels, max(tile.block_k, tile.pixels) * tile.block_c) > MAX_NUMEL:
         return f"{tile} has a block of more than {MAX_NUMEL} elements"

@@ -219,12 +219,13 @@ def predict(
     if last := tile.of_last(problem):
         few = _wgrad_shape(problem, last, problem.taps - last.taps)
         few = replace(few, steps=few.steps * products)
-        made, done = few.rows * few.columns, done + few.flops
-        if shared_ctas:
-            slices, finished = slices + few.tiles * tile.splits * made * 4, finished + few.tiles * made * item
-        less = _Rates(few, last, read_type, read_as, gpu)
+        less, made = _Rates(few, last, read_type, read_as, gpu), few.rows * few.columns
         less.alone = waits * (2 * less.stage / 128 + LOAD_CYCLES / 4)
         beside = less, few.tiles * last.splits, few.steps / last.splits, made * (4 if shared_ctas else item)
+        done += few.flops
+        if shared_ctas:  # slices that none of them has are zeros
+            slices += few.tiles * tile.splits * made * 4
+            finished += few.tiles * made * item
     cycles = sum(rate.phase(ctas, steps, out, resident, beside) for rate, ctas, steps, out in phases)
     phases += [beside] if beside else []
     ctas = sum(phase[1] for phase in phases)
@@ -357,7 +358,8 @@ def _wgrad_shape(problem: Conv2dProblem, tile: Tile, first: int = 0) -> _Shape:
 
 @lru_cache(maxsize=8192)
 def _reached_together(rows: tuple[int, ...], cols: tuple[int, ...], together: int, first: int, end: int) -> Pair:
-    """Of all programs of `together` of the taps [first, end): boxes of outputs, and pairs of a box and a tap that are inside the image.
+    """Of all programs of `together` of the taps [first, end): boxes of outputs, and pairs of a box and a tap that are
+    inside the image.
 
     A program goes through the boxes between the first and the last that one of its taps needs.  The arguments are
     outputs, window, stride, padding before, dilation, extent and box along either axis.
