@@ -206,7 +206,9 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
                 continue
             tile = ConvTile(formulation, box, block_k, block_c, warps, stages, block_k2=block_k2, taps=taps, half=half)
             shared = [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)] if together else []
-            shared += _with_last(problem, tile, gpu) if left and formulation == "pixel" else []
+            # 192 sums a thread and two loops of several groups spill 8 to 72 bytes.
+            if left and formulation == "pixel" and rows * columns < 6144 * warps:
+                shared += _with_last(problem, tile, gpu)
             if gpu.arch >= 120 and dtype.itemsize == 2 and rows * columns == 4096:
                 # Unsplit, the way out of four warps spills 16 bytes.
                 shared = [replace(one, num_warps=8) if one.splits == 1 else one for one in shared]

@@ -106,8 +106,8 @@ def finished(
 def pixel_load(
     image, n, h, w, g, c0, GROUPS: tl.constexpr, PIXEL: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # [PIXELS, BLOCK].  With PIXEL one pixel of many images, a matrix as it lies: the axes that a box has one of come first.
-    # With PIXEL = 2 turned, which is up to a product: what stands between two loads gives each a barrier of its own.
+    # [PIXELS, BLOCK].  With PIXEL one pixel of many images, a matrix as it lies: the axes that a box has one of come
+    # first.  With PIXEL = 2 turned, which is up to a product: what stands between two loads gives each its own barrier.
     if PIXEL == 2:
         if GROUPS == 1:
             box = image.load([h, w, c0, n]).reshape(BLOCK, PIXELS)
