@@ -39,6 +39,8 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
     wide = addressable(problem, pass_, torch.bfloat16)
     found = []
     for tile in tiles:
+        if tile.last:
+            continue  # of parts that would be four loops
         if not wgrad and (tile.narrow or (tile.half and least > 1)):
             continue  # their programs multiply no parts, or share no depth
         size = tile.rows * (tile.channels * tile.taps if wgrad else tile.pixels + tile.pixels // 2 * tile.half)
@@ -174,13 +176,15 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
     found = []
     # For sm_100 4-byte operands, which are turned on their way, take the shared memory of two more steps.
     turned = 2 if gpu.arch // 10 == 10 and dtype.itemsize == 4 else 0
+    # A second loop is compiled for Hopper alone, and for operands that do not pass registers.
+    second = gpu.arch // 10 == 9 and (dtype.itemsize == 2 or cost.turned(problem, dtype, "tf32", gpu))
     rows_of = ((64, 0), (128, 0), (256, 0), (128, 64))
     columns_of = ((1, False), (2, False), (3, False), (4, False), (5, False), (1, True))
     for (block_k, block_k2), block_c, (taps, half) in itertools.product(rows_of, (64, 128, 256), columns_of):
         rows, columns = block_k + block_k2, block_c * taps + block_c // 2 * half
         if rows * columns > 49_152 or taps > problem.taps or (half and block_c == 64):
             continue
-        left = gpu.arch // 10 == 9 and problem.taps % taps > 0
+        left = second and problem.taps % taps > 0
         together = taps <= 2 or 0.9 * taps * -(-problem.taps // taps) < problem.taps
         if not left and not together:
             continue  # the last program's missing taps cost more than what the others share

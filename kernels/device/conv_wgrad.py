@@ -144,7 +144,9 @@ def _add_pixels(
                 grad = pixel_load(dy2, n, i, j, plane, k1, PLANES, PIXEL, PIXELS, BLOCK_K2)
                 grads = grads + (grad,)
             plane = g + (x_parts & 3) * GROUPS if small else g
-            boxes = ()
+            # Loaded one after the other, boxes share a barrier; those of 4 bytes that are not turned pass registers.
+            BY_TAP: tl.constexpr = PIXEL < 2 and grads[0].dtype.primitive_bitwidth == 32
+            boxes, new = (), ()
             for part in tl.static_range(TAPS):
                 h = i * stride_h + h_taps[part if S % TAPS else 0]  # 0: all lie in one row
                 w = j * stride_w + w_taps[part]
@@ -152,10 +154,11 @@ def _add_pixels(
                 if HALF:
                     c1 = c0 + BLOCK_C
                     boxes = boxes + (pixel_load(x_half, n, h, w, plane, c1, PLANES, PIXEL, PIXELS, BLOCK_C // 2),)
-            new = ()
-            for one in tl.static_range(len(boxes)):
-                mine = sums[one * len(grads) : (one + 1) * len(grads)]
-                new = new + _products(mine, grads, boxes[one], PIXEL, PRECISION, ACC)
+                if BY_TAP or part == TAPS - 1:
+                    for one in tl.static_range(len(boxes)):
+                        mine = sums[len(new) : len(new) + len(grads)]
+                        new = new + _products(mine, grads, boxes[one], PIXEL, PRECISION, ACC)
+                    boxes = ()
             sums = new
             n += BOX_N
             wrap = n >= N
