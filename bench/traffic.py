@@ -307,6 +307,8 @@ def _wgrad_box(a: Arguments) -> Traffic:
     read = 0
     for tap in range(0, taps, per_program):
         mine = [min(tap + i, taps - 1) for i in range(per_program)]
+        if a.get("LAST", 0):
+            mine = list(dict.fromkeys(mine))  # no program has taps beyond the last one
         ps, qs = _wgrad_range(a, mine, "H"), _wgrad_range(a, mine, "W")
         for g, (x_part, y_part) in itertools.product(range(groups), _products(a["PARTS"])):
             x_plane, y_plane = x_part * groups + g, y_part * groups + g

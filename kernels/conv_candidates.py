@@ -39,6 +39,8 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
     wide = addressable(problem, pass_, torch.bfloat16)
     found = []
     for tile in tiles:
+        if tile.last:
+            continue  # of parts that would be four loops
         if not wgrad and (tile.narrow or (tile.half and least > 1)):
             continue  # their programs multiply no parts, or share no depth
         size = tile.rows * (tile.channels * tile.taps if wgrad else tile.pixels + tile.pixels // 2 * tile.half)
@@ -186,13 +188,17 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
     found = []
     # For sm_100 4-byte operands, which are turned on their way, take the shared memory of two more steps.
     turned = 2 if gpu.arch // 10 == 10 and dtype.itemsize == 4 else 0
+    # A second loop is compiled for Hopper alone, and for operands that do not pass registers.
+    second = gpu.arch // 10 == 9 and (dtype.itemsize == 2 or cost.turned(problem, dtype, "tf32", gpu))
     rows_of = ((64, 0), (128, 0), (256, 0), (128, 64))
     columns_of = ((1, False), (2, False), (3, False), (4, False), (5, False), (1, True))
     for (block_k, block_k2), block_c, (taps, half) in itertools.product(rows_of, (64, 128, 256), columns_of):
         rows, columns = block_k + block_k2, block_c * taps + block_c // 2 * half
         if rows * columns > 49_152 or taps > problem.taps or (half and block_c == 64):
             continue
-        if taps > 2 and not 0.9 * taps * -(-problem.taps // taps) < problem.taps:
+        left = second and problem.taps % taps > 0
+        together = taps <= 2 or 0.9 * taps * -(-problem.taps // taps) < problem.taps
+        if not left and not together:
             continue  # the last program's missing taps cost more than what the others share
         if taps > 2 and rows > 128 and (rows * columns > 40_960 or gpu.arch >= 100):
             continue  # 256 x 64 of three taps spill 96 bytes, for sm_100 (128 + 64) x 64 8 bytes
@@ -215,7 +221,10 @@ def _wgrad_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> l
             if (as_turned and formulation == "box") or (taps > 2 and max(box[1:]) > 1):
                 continue
             tile = ConvTile(formulation, box, block_k, block_c, warps, stages, block_k2=block_k2, taps=taps, half=half)
-            shared = [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)]
+            shared = [replace(tile, splits=splits) for splits in _splits(problem, tile, gpu)] if together else []
+            # 192 sums a thread and two loops of several groups spill 8 to 72 bytes.
+            if left and formulation == "pixel" and rows * columns < 6144 * warps:
+                shared += _with_last(problem, tile, gpu)
             if gpu.arch >= 120 and dtype.itemsize == 2 and rows * columns == 4096:
                 # Unsplit, the way out of four warps spills 16 bytes.
                 shared = [replace(one, num_warps=8) if one.splits == 1 else one for one in shared]
@@ -259,12 +268,28 @@ def _waits(tile: ConvTile, problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU)
 def _splits(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[int]:
     """How many programs may share the pixels of one tile of a filter gradient: up to four waves, eight steps each."""
     channels = problem.group_channels * (problem.taps if tile.flat else 1)
-    taps = 1 if tile.flat else -(-problem.taps // tile.taps)
+    taps = 1 if tile.flat else problem.taps / tile.taps if tile.last else -(-problem.taps // tile.taps)
     programs = -(-channels // tile.channels) * -(-problem.group_filters // tile.rows) * taps * problem.groups
     steps = max(1, problem.N * problem.P * problem.Q // tile.pixels)
-    most = max(1, min(steps // 8, -(-4 * gpu.sms // programs)))
-    filled = max(1, min(most, gpu.sms // programs))  # one wave
+    most = max(1, min(steps // 8, math.ceil(4 * gpu.sms / programs)))
+    filled = max(1, min(most, int(gpu.sms / programs)))  # one wave
     return sorted({*range(1, min(most, 12) + 1), *(1 << i for i in range(most.bit_length())), filled, most})
+
+
+def _with_last(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[ConvTile]:
+    """The tile with its pixels shared, where the taps that are left over are made by programs of their own.
+
+    They are as many as take as long as the others, by their products or by what they load, or as many as SMs are idle.
+    """
+    whole, left = divmod(problem.taps, tile.taps)
+    blocks = -(-problem.group_channels // tile.channels) * -(-problem.group_filters // tile.rows) * problem.groups
+    loads = tile.rows + left * tile.channels, tile.rows + tile.taps * tile.channels
+    found = []
+    for splits in _splits(problem, replace(tile, last=1), gpu):
+        idle = -(blocks * whole * splits) % gpu.sms // blocks
+        shares = -(-splits * left // tile.taps), -(-splits * loads[0] // loads[1]), min(max(idle, 1), splits)
+        found += [replace(tile, splits=splits, last=last) for last in sorted(set(shares))]
+    return found
 
 
 def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:

@@ -29,7 +29,8 @@ class ConvTile:
     from the same pixels and the same filters.  With `half` a program makes half a box more with the same filters: boxes
     cover the first columns of the output, half boxes the others; with `shift` the half box lies below the box.
     In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 to 5) taps, with `half` half as
-    many channels more of one tap, and `splits` share the pixels.
+    many channels more of one tap, and `splits` share the pixels.  With `last` the taps that are left over have
+    programs of their own, of which so many share the pixels.
     """
 
     formulation: str
@@ -45,6 +46,7 @@ class ConvTile:
     taps: int = 1
     shift: bool = False
     half: bool = False
+    last: int = 0
 
     @property
     def rows(self) -> int:
@@ -64,6 +66,10 @@ class ConvTile:
     def channels(self) -> int:
         """Channels that a program of wgrad makes of a tap."""
         return self.block_c + self.block_c // 2 * self.half
+
+    def of_last(self, problem: Conv2dProblem) -> ConvTile | None:
+        """What a program of wgrad makes that makes the taps that are left over."""
+        return replace(self, taps=problem.taps % self.taps, splits=self.last, last=0) if self.last else None
 
     @property
     def narrow(self) -> ConvTile | None:
@@ -115,7 +121,7 @@ class ConvTile:
         box = "x".join(map(str, self.box)) if self.formulation == "box" else str(self.pixels)
         flat = " flat" if self.flat else ""
         splits = f" /{self.splits}" if self.splits > 1 else f" by {self.block_k2}" if self.tail else ""
-        splits += f" of {self.tail}" if self.tail else ""
+        splits += f" of {self.tail}" if self.tail else f" last /{self.last}" if self.last else ""
         rows = f"({self.block_k}+{self.block_k2})" if self.block_k2 else str(self.block_k)
         rows = f"2x{self.block_k}" if self.shift else rows
         size = f"{box}*{rows}*{self.block_c}" + (f"*{self.taps} taps" if self.taps > 1 else "")
@@ -190,6 +196,12 @@ def why_invalid(
         return "formulation='gather' has no second product and no splits"
     if tile.taps not in (range(1, 6) if pass_ == "wgrad" and tile.formulation != "gather" else (1,)):
         return f"taps={tile.taps}: allowed are 1, and 2 to 5 in wgrad where formulation is not gather"
+    left = problem.taps % tile.taps if tile.taps < problem.taps else 0
+    if tile.last and (not left or not 1 <= tile.last <= tile.splits):
+        return (
+            f"last={tile.last} needs wgrad and taps left over of {problem.taps}, taps={tile.taps} at a time, and is at "
+            f"most splits={tile.splits}"
+        )
     if max(tile.block_k * tile.pixels, max(tile.block_k, tile.pixels) * tile.block_c) > MAX_NUMEL:
         return f"{tile} has a block of more than {MAX_NUMEL} elements"
     if tile.formulation == "gather":

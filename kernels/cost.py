@@ -69,7 +69,10 @@ class Tile(Protocol):
     @property
     def channels(self) -> int: ...
     @property
+    def last(self) -> int: ...
+    @property
     def narrow(self) -> Tile | None: ...
+    def of_last(self, problem: Conv2dProblem) -> Tile | None: ...
     def boxes(self, problem: Conv2dProblem) -> int: ...
 
 
@@ -213,11 +216,12 @@ def predict(
     whole_tiles = shape.tiles - shared_tiles - narrow_tiles
     partial = shape.rows * shape.columns * 4
     whole = shape.rows * shape.columns * item
-    rate = _Rates(shape, tile, read_type, precision if products == 1 else "ieee", gpu)
+    read_as = precision if products == 1 else "ieee"
+    rate = _Rates(shape, tile, read_type, read_as, gpu)
     as_they_lie = tile.formulation == "box" or not turned(problem, dtype, precision, gpu)
     through_registers = as_they_lie and not tile.flat and not shape.fragments
-    if pass_ == "wgrad" and gpu.arch // 10 == 9 and precision == "tf32" and through_registers:
-        rate.alone = 2 * stage / 128 + LOAD_CYCLES / 4
+    waits = pass_ == "wgrad" and gpu.arch // 10 == 9 and precision == "tf32" and through_registers
+    rate.alone = waits * (2 * stage / 128 + LOAD_CYCLES / 4)
     by_warps = gpu.arch < 90 or shape.fragments
     threads_need = registers(shape.rows, shape.columns, tile.num_warps, by_warps)
     if single:  # compiled: 56 for 16 sums, 84 for 32, 125 for 64, 156 and 227 for 64 and 128 of other shapes
@@ -241,7 +245,19 @@ def predict(
         few = replace(shape, rows=tile.narrow.rows)
         rate = _Rates(few, tile.narrow, read_type, precision, gpu)
         phases.append((rate, narrow_tiles * shape.rows // few.rows, shape.steps, few.rows * few.columns * item))
-    cycles = sum(rate.phase(ctas, steps, out, resident) for rate, ctas, steps, out in phases)
+    slices, finished, done, beside = shared_ctas * partial, shared_tiles * whole, shape.flops, None
+    if last := tile.of_last(problem):
+        few = _wgrad_shape(problem, last, problem.taps - last.taps)
+        few = replace(few, steps=few.steps * products)
+        less, made = _Rates(few, last, read_type, read_as, gpu), few.rows * few.columns
+        less.alone = waits * (2 * less.stage / 128 + LOAD_CYCLES / 4)
+        beside = less, few.tiles * last.splits, few.steps / last.splits, made * (4 if shared_ctas else item)
+        done += few.flops
+        if shared_ctas:  # slices that none of them has are zeros
+            slices += few.tiles * tile.splits * made * 4
+            finished += few.tiles * made * item
+    cycles = sum(rate.phase(ctas, steps, out, resident, beside) for rate, ctas, steps, out in phases)
+    phases += [beside] if beside else []
     ctas = sum(phase[1] for phase in phases)
     tensor = sum(ctas * steps * rate.tensor for rate, ctas, steps, _ in phases)
     issue = sum(ctas * steps * rate.issue for rate, ctas, steps, _ in phases)
@@ -249,11 +265,11 @@ def predict(
     written = sum(ctas * out for _, ctas, _, out in phases)
     finish = 0.0
     if shared_ctas:
-        moved = shared_ctas * partial + shared_tiles * whole
+        moved = slices + finished
         finish = LAUNCH_US + 1e6 * moved / (0.6 * gpu.l2 if moved < 40e6 else gpu.dram * DRAM_LOAD)
     least = problem.bytes_least(item)
     moved = least * products * read_type.itemsize // item  # parts are more than one pass's share of L2: each time anew
-    dram = 1e6 * (moved + (shared_ctas * partial if shared_ctas * partial > 40e6 else 0)) / (gpu.dram * DRAM_LOAD)
+    dram = 1e6 * (moved + (slices if slices > 40e6 else 0)) / (gpu.dram * DRAM_LOAD)
     loop = 1e6 * cycles / gpu.clock
     parts = {
         "tensor": 1e6 * tensor / gpu.sms / gpu.clock,
@@ -272,8 +288,8 @@ def predict(
         ctas=ctas, ctas_per_sm=resident, waves=waves,
         wave_efficiency=ctas / gpu.sms / math.ceil(ctas / gpu.sms) if ctas else 1.0,
         useful_rows=shape.useful_rows, useful_columns=shape.useful_columns,
-        flops_done=int(shape.tiles * shape.steps * 2 * shape.rows * shape.columns * shape.depth / products),
-        flops_needed=problem.flops, bytes_read=int(read), bytes_written=written, bytes_least=least,
+        flops_done=int(done / products), flops_needed=problem.flops,
+        bytes_read=int(read), bytes_written=written, bytes_least=least,
     )  # fmt: skip
 
 
@@ -295,6 +311,11 @@ class _Shape:
     inside: float = 1.0  # share of the columns that lies inside the tensor: the copy engine fetches no others
     fragments: bool = False  # mma.sync, in one pixel's loads: each warp reads its operands from shared memory
     apart: bool = False  # what is multiplied one after the other does not lie side by side: narrower reads of it
+
+    @property
+    def flops(self) -> float:
+        """Of all products, useful or not."""
+        return self.tiles * self.steps * 2 * self.rows * self.columns * self.depth
 
     def stage_bytes(self, itemsize: int) -> int:
         """Shared memory of a step."""
@@ -339,7 +360,8 @@ def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
     return _Shape(tiles, steps, tile.rows, pixels, tile.block_c, useful_rows, columns, inside=inside)
 
 
-def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
+def _wgrad_shape(problem: Conv2dProblem, tile: Tile, first: int = 0) -> _Shape:
+    """The taps from `first` on, but for those that the tile leaves over."""
     K, C = problem.group_filters, problem.group_channels
     row_tiles = -(-K // tile.rows)
     inside = 1.0
@@ -347,12 +369,13 @@ def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
         columns, programs, taps = problem.taps * C, 1, 1.0
         steps: float = -(-problem.N * problem.P * problem.Q // tile.pixels)
     else:
-        columns, programs = C, -(-problem.taps // tile.taps)
-        taps = problem.taps / (programs * tile.taps)
+        end = problem.taps - (problem.taps % tile.taps if tile.last else 0)
+        columns, programs = C, -(-(end - first) // tile.taps)
+        taps = (end - first) / (programs * tile.taps)
         n, h, w = tile.box
         rows = problem.P, problem.R, problem.stride[0], problem.padding[0][0], problem.dilation[0], problem.H, h
         cols = problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w
-        boxes, pairs = _reached_together(rows, cols, tile.taps)
+        boxes, pairs = _reached_together(rows, cols, tile.taps, first, end)
         steps = boxes / programs * -(-problem.N // n)
         inside = pairs / max(1, boxes * tile.taps) * C / (-(-C // tile.channels) * tile.channels)
     column_tiles = -(-columns // tile.channels)
@@ -365,17 +388,18 @@ def _wgrad_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
 
 
 @lru_cache(maxsize=8192)
-def _reached_together(rows: tuple[int, ...], cols: tuple[int, ...], together: int) -> Pair:
-    """Of all programs of `together` taps: boxes of outputs, and pairs of a box and a tap that are inside the image.
+def _reached_together(rows: tuple[int, ...], cols: tuple[int, ...], together: int, first: int, end: int) -> Pair:
+    """Of all programs of `together` of the taps [first, end): boxes of outputs, and pairs of a box and a tap that are
+    inside the image.
 
     A program goes through the boxes between the first and the last that one of its taps needs.  The arguments are
     outputs, window, stride, padding before, dilation, extent and box along either axis.
     """
     p_of, q_of = _boxes_of_taps(*rows), _boxes_of_taps(*cols)
-    taps = list(itertools.product(p_of, q_of))
+    taps = list(itertools.product(p_of, q_of))[:end]
     boxes = pairs = 0
-    for first in range(0, len(taps), together):
-        mine = taps[first : first + together]
+    for one in range(first, end, together):
+        mine = taps[one : one + together]
         mine += mine[-1:] * (together - len(mine))  # beyond the last tap: that one again
         boxes += math.prod(
             max(0, max(high for _, high in spans) - min(low for low, _ in spans)) for spans in zip(*mine, strict=True)
@@ -561,18 +585,44 @@ class _Rates:
         alone = max(self.fused, wait / self.stages_ahead) if self.stages_ahead else self.fused + wait
         return max(self.tensor, self.issue, self.shared, transfer, alone / programs) + self.alone / programs
 
-    def phase(self, ctas: int, steps: float, out_bytes: int, resident: int) -> float:
-        """Cycles of `ctas` equal programs: whole waves, one program an SM at a time, then what is left over."""
+    def phase(
+        self, ctas: int, steps: float, out_bytes: int, resident: int,
+        beside: tuple[_Rates, int, float, int] | None = None,
+    ) -> float:  # fmt: skip
+        """Cycles of `ctas` equal programs: whole waves, one program an SM at a time, then what is left over.
+
+        Those `beside` them, which are shorter (rates, how many, steps and bytes of each), start with what is left over.
+        """
         if not ctas:
             return 0.0
         sms = self.gpu.sms
         whole, left = divmod(ctas, sms)
         out = out_bytes / (self.gpu.l2 / self.gpu.clock / sms)
-        around = (FILL_CYCLES + out) * math.ceil(ctas / sms) / min(resident, math.ceil(ctas / sms))
+        rates, others, steps_of_others, _ = beside or (self, 0, 0.0, 0)
+        waves = math.ceil((ctas + others) / sms)
+        around = (FILL_CYCLES + out) * waves / min(resident, waves)
         busy = steps * whole * self.step(sms, min(resident, max(1, whole)))
-        if left:
-            busy += steps * self.step(left, min(resident, whole + 1))
+        if left + others:
+            active, there = min(sms, left + others), min(resident, whole + 1)
+            long, short = steps * self.step(active, there), steps_of_others * rates.step(active, there)
+            busy += _last_of_two(left, long, others, short, sms) if others else long
         return busy + around
+
+
+def _last_of_two(long: int, long_takes: float, short: int, short_takes: float, sms: int) -> float:
+    """When the last program ends, where fewer long ones than SMs start at once and short ones whenever an SM is free.
+
+    A short one may take longer than a long one.
+    """
+    begin = long_takes if long else 0.0
+    turns = range(1, -(-short // max(1, sms - long)) + 1)
+    ends = sorted({begin, *(turn * short_takes for turn in turns), *(begin + turn * short_takes for turn in turns)})
+    return next(
+        end
+        for end in ends
+        if end >= begin
+        and (sms - long) * int(end / short_takes + 1e-9) + long * int((end - begin) / short_takes + 1e-9) >= short
+    )
 
 
 def predict_pooled(

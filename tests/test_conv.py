@@ -299,16 +299,22 @@ def test_filter_gradients_of_more_taps_and_more_filters(stride: int, tile: dict[
 
 @pytest.mark.parametrize("formulation", ["pixel", "box"])
 @pytest.mark.parametrize(
-    ("window", "taps", "arguments"),
+    ("window", "tile", "arguments"),
     [
-        ((2, 5), 5, {"padding": (1, 2), "dilation": (2, 1)}),  # a program's taps in one row
-        ((3, 3), 3, {"padding": 2, "stride": 2}),
-        ((3, 3), 5, {"padding": (0, 3), "dilation": (1, 3)}),  # from row to row, none left for one of the ten
-        ((1, 3), 5, {"stride": (2, 1)}),  # more than there are
+        ((2, 5), {"taps": 5}, {"padding": (1, 2), "dilation": (2, 1)}),  # a program's taps in one row
+        ((3, 3), {"taps": 3}, {"padding": 2, "stride": 2}),
+        ((3, 3), {"taps": 5}, {"padding": (0, 3), "dilation": (1, 3)}),  # from row to row, none left for one of the ten
+        ((1, 3), {"taps": 5}, {"stride": (2, 1)}),  # more than there are
+        # The taps that are left over by themselves: two of seven, which is one slice of zeros; one of ten, beside a
+        # second product, which leaves two; four of nine; one of nine, of which a program has no pixel.
+        ((1, 7), {"taps": 5, "splits": 3, "last": 2}, {"padding": (0, 3)}),
+        ((5, 2), {"taps": 3, "block_k2": 16, "splits": 3, "last": 1}, {"padding": (2, 1), "stride": (2, 1)}),
+        ((3, 3), {"taps": 5, "splits": 1, "last": 1}, {"padding": 1}),
+        ((3, 3), {"taps": 2, "splits": 9, "last": 8}, {"padding": (0, 3), "dilation": (1, 3)}),
     ],
     ids=str,
 )
-def test_filter_gradients_of_many_taps(window: Any, taps: int, arguments: dict[str, Any], formulation: str) -> None:
+def test_filter_gradients_of_many_taps(window: Any, tile: Any, arguments: dict[str, Any], formulation: str) -> None:
     if formulation == "box" and arguments.get("stride", 1) != 1:
         pytest.skip("a box of several rows or columns needs stride 1")
     x, w, _ = operands(Case("", (3, 80, 4, 5), (48, 40, *window)), torch.float32)
@@ -317,7 +323,7 @@ def test_filter_gradients_of_many_taps(window: Any, taps: int, arguments: dict[s
     stride, padding, dilation = (n if isinstance(n, tuple) else (n, n) for n in defaults.values())
     pads = [side for side in padding for _ in (0, 1)]
     box = (16, 1, 1) if formulation == "pixel" else (4, 2, 4)
-    with tiles.override(formulation=formulation, box=box, block_k=32, block_c=64, taps=taps, splits=2):
+    with tiles.override(**{"formulation": formulation, "box": box, "block_k": 32, "block_c": 64, "splits": 2} | tile):
         dw = OPS.conv2d_wgrad(dy, x, w.shape, stride, pads, dilation, 2, "ieee")
     exact = reference.conv2d_wgrad(x, dy, w.shape, stride, [(side, side) for side in padding], dilation, 2)
     assert reference.error(dw, exact) <= 1e-5 * exact.abs().max().item()

@@ -136,7 +136,7 @@ def test_wgrad_descriptors(problem):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"splits": 2}, {"taps": 5}, {"taps": 2, "block_k2": 16, "splits": 3}, {"block_c": 32, "half": True}],
+    [{"splits": 2}, {"taps": 5}, {"taps": 2, "block_k2": 16, "splits": 3, "last": 2}, {"block_c": 32, "half": True}],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["5x5 wide padding", "grouped"])

@@ -126,7 +126,9 @@ def test_tiles_that_share_their_filters_multiply_no_parts(precision: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "tile", [{"splits": 3}, {"taps": 4, "block_k2": 16}, {"block_c": 32, "half": True, "block_k2": 16}], ids=str
+    "tile",
+    [{"splits": 3, "taps": 5, "last": 2}, {"taps": 4, "block_k2": 16}, {"block_c": 32, "half": True, "block_k2": 16}],
+    ids=str,
 )
 @pytest.mark.parametrize("box", [(16, 1, 1), (2, 4, 2)], ids=["pixel", "box"])
 def test_filter_gradients_go_through_all_products(box: tuple[int, int, int], tile: dict[str, Any]) -> None:
@@ -346,7 +348,7 @@ def test_counted_bytes(formulation: str) -> None:
     counted(planned)
 
 
-@pytest.mark.parametrize("changes", [{}, {"taps": 5, "block_k2": 16, "splits": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"taps": 5, "block_k2": 16, "splits": 2, "last": 1}], ids=str)
 @pytest.mark.parametrize("arguments", [{"padding": (2, 1)}, {"stride": 2, "groups": 2}], ids=str)
 def test_filter_gradients_of_tf32_read_images_last(arguments: dict[str, Any], changes: dict[str, Any]) -> None:
     # Small integers: every product and sum is exact in TF32 too.

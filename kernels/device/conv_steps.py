@@ -106,12 +106,13 @@ def finished(
 def pixel_load(
     image, n, h, w, g, c0, GROUPS: tl.constexpr, PIXEL: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # With PIXEL one pixel of many images, a matrix as it lies: the axes that a box has one of come first.
+    # [PIXELS, BLOCK].  With PIXEL one pixel of many images, a matrix as it lies: the axes that a box has one of come
+    # first.  With PIXEL = 2 turned, which is up to a product: what stands between two loads gives each its own barrier.
     if PIXEL == 2:
         if GROUPS == 1:
-            box = image.load([h, w, c0, n]).reshape(BLOCK, PIXELS).T
+            box = image.load([h, w, c0, n]).reshape(BLOCK, PIXELS)
         else:
-            box = image.load([h, w, g, c0, n]).reshape(BLOCK, PIXELS).T
+            box = image.load([h, w, g, c0, n]).reshape(BLOCK, PIXELS)
     elif PIXEL:
         if GROUPS == 1:
             box = image.load([h, w, n, c0]).reshape(PIXELS, BLOCK)

@@ -15,6 +15,8 @@ from tileconv.kernels.device.conv_steps import (
 # GEMM_M: filters of one group.  GEMM_N: channels of one group, for one tap (r, s) to five.  GEMM_K: output pixels, of
 # which every split takes an equal run and writes its own slice of dw; pixels whose taps lie in padding are skipped.
 # BLOCK_K2 more filters, and more taps or half as many channels more, share what is loaded: a product for each.
+# With LAST the taps that are left over, R * S % TAPS, have programs of their own, the last ones: LAST share the pixels,
+# and write zeros into the slices that are too many.
 @triton.jit
 def wgrad_box(
     x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C]; with PIXEL of [H, W, (PARTS * GROUPS,) N, C]
@@ -39,6 +41,7 @@ def wgrad_box(
     DIL_W: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
+    LAST: tl.constexpr,  # 0, or at most SPLITS where TAPS does not divide R * S
     TAPS: tl.constexpr,  # 1 to 5
     PIXEL: tl.constexpr,  # 1: one pixel of BOX_N images: no box straddles an edge, so both operands are matrices
     # 2: the same, and the descriptors have the images last
@@ -52,23 +55,56 @@ def wgrad_box(
     BLOCK_K2: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HALF: tl.constexpr,  # 0, or 1 with TAPS = 1
+    ONE_K: tl.constexpr,  # whether a program makes all filters of a group
+    ONE_C: tl.constexpr,  # and whether all channels
     UNIT: tl.constexpr,  # divides C where the compiler cannot see it (multiples of 16), else 0
 ):
     if UNIT:  # without it addresses of dw spill, for 136 channels of fp16 391 times
         C = C // UNIT * UNIT
+    t = tl.program_id(0)
+    WHOLE: tl.constexpr = R * S // TAPS * TAPS if LAST else R * S
+    if LAST:
+        blocks = tl.cdiv(K, BLOCK_K + BLOCK_K2) * tl.cdiv(C, BLOCK_C)
+        before = blocks * (WHOLE // TAPS * GROUPS * SPLITS)
+        if t >= before:
+            _add_pixels(
+                t - before, x, x_half, dy, dy2, dw, N, H, W, P, Q, C, K, pad_h, pad_w, stride_h, stride_w, WHOLE, R * S,
+                R, S, DIL_H, DIL_W, GROUPS, LAST, SPLITS, R * S - WHOLE, PIXEL, PRECISION, PARTS, ACC, BOX_N, BOX_H,
+                BOX_W, BLOCK_K, BLOCK_K2, BLOCK_C, HALF, ONE_K, ONE_C,
+            )  # fmt: skip
+            return
+    _add_pixels(
+        t, x, x_half, dy, dy2, dw, N, H, W, P, Q, C, K, pad_h, pad_w, stride_h, stride_w, 0, WHOLE,
+        R, S, DIL_H, DIL_W, GROUPS, SPLITS, SPLITS, TAPS, PIXEL, PRECISION, PARTS, ACC, BOX_N, BOX_H,
+        BOX_W, BLOCK_K, BLOCK_K2, BLOCK_C, HALF, ONE_K, ONE_C,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_pixels(
+    t, x, x_half, dy, dy2, dw, N, H, W, P, Q, C, K, pad_h, pad_w, stride_h, stride_w, FIRST: tl.constexpr,
+    END: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, GROUPS: tl.constexpr,
+    SHARES: tl.constexpr, SPLITS: tl.constexpr, TAPS: tl.constexpr, PIXEL: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, ACC: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_K2: tl.constexpr, BLOCK_C: tl.constexpr, HALF: tl.constexpr,
+    ONE_K: tl.constexpr, ONE_C: tl.constexpr,
+):  # fmt: skip
+    # Program t of those that make the taps FIRST to END, TAPS each, SHARES of them the same ones of different pixels.
     ROWS: tl.constexpr = BLOCK_K + BLOCK_K2
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
     PLANES: tl.constexpr = GROUPS * PARTS
     COLUMNS: tl.constexpr = BLOCK_C + BLOCK_C // 2 * HALF
-    t = tl.program_id(0)
-    n_c = tl.cdiv(C, COLUMNS)
-    n_k = tl.cdiv(K, ROWS)
-    n_t = tl.cdiv(R * S, TAPS)
-    k0 = (t % n_k) * ROWS
-    t = t // n_k
-    c0 = (t % n_c) * COLUMNS
-    t = t // n_c
-    tap = (t % n_t) * TAPS
+    n_t = tl.cdiv(END - FIRST, TAPS)
+    k0, c0 = 0, 0  # as constants they save 5 of a loop's 240 instructions
+    if not ONE_K:
+        n_k = tl.cdiv(K, ROWS)
+        k0 = (t % n_k) * ROWS
+        t = t // n_k
+    if not ONE_C:
+        n_c = tl.cdiv(C, COLUMNS)
+        c0 = (t % n_c) * COLUMNS
+        t = t // n_c
+    tap = FIRST + (t % n_t) * TAPS
     t = t // n_t
     g = t % GROUPS
     split = t // GROUPS
@@ -85,7 +121,7 @@ def wgrad_box(
     n_n = tl.cdiv(N, BOX_N)
     n_q = tl.maximum(q_hi - q_lo, 1)
     steps = n_n * tl.maximum(q_hi - q_lo, 0) * tl.maximum(p_hi - p_lo, 0)
-    share = tl.cdiv(steps, SPLITS)
+    share = tl.cdiv(steps, SHARES)
     begin = split * share
     steps = tl.minimum(share, steps - begin)
     p_first = p_lo + begin // n_n // n_q
@@ -93,11 +129,7 @@ def wgrad_box(
         steps, p_first = one_at_least(steps, p_first, P + H + pad_h)
     n_first = (begin % n_n) * BOX_N
     q_first = q_lo + (begin // n_n) % n_q
-    sums = ()  # by tap, then by box of channels, then by block of filters
-    for _ in tl.static_range(TAPS):
-        sums = sums + _zeros(BLOCK_C, BLOCK_K, BLOCK_K2, ACC)
-        if HALF:
-            sums = sums + _zeros(BLOCK_C // 2, BLOCK_K, BLOCK_K2, ACC)
+    sums = _sums_of(TAPS, HALF, BLOCK_C, BLOCK_K, BLOCK_K2, ACC)
     for small in tl.static_range(PARTS > 1, -1, -1):
         n, q, p = n_first, q_first, p_first
         products, x_parts, y_parts = small_products(PARTS if small else 1)
@@ -112,16 +144,21 @@ def wgrad_box(
                 grad = pixel_load(dy2, n, i, j, plane, k1, PLANES, PIXEL, PIXELS, BLOCK_K2)
                 grads = grads + (grad,)
             plane = g + (x_parts & 3) * GROUPS if small else g
-            new = ()
+            # Loaded one after the other, boxes share a barrier; those of 4 bytes that are not turned pass registers.
+            BY_TAP: tl.constexpr = PIXEL < 2 and grads[0].dtype.primitive_bitwidth == 32
+            boxes, new = (), ()
             for part in tl.static_range(TAPS):
                 h = i * stride_h + h_taps[part if S % TAPS else 0]  # 0: all lie in one row
                 w = j * stride_w + w_taps[part]
-                box = pixel_load(x, n, h, w, plane, c0, PLANES, PIXEL, PIXELS, BLOCK_C)
-                new = _products(new, sums, grads, box, PRECISION, ACC)
+                boxes = boxes + (pixel_load(x, n, h, w, plane, c0, PLANES, PIXEL, PIXELS, BLOCK_C),)
                 if HALF:
                     c1 = c0 + BLOCK_C
-                    box = pixel_load(x_half, n, h, w, plane, c1, PLANES, PIXEL, PIXELS, BLOCK_C // 2)
-                    new = _products(new, sums, grads, box, PRECISION, ACC)
+                    boxes = boxes + (pixel_load(x_half, n, h, w, plane, c1, PLANES, PIXEL, PIXELS, BLOCK_C // 2),)
+                if BY_TAP or part == TAPS - 1:
+                    for one in tl.static_range(len(boxes)):
+                        mine = sums[len(new) : len(new) + len(grads)]
+                        new = new + _products(mine, grads, boxes[one], PIXEL, PRECISION, ACC)
+                    boxes = ()
             sums = new
             n += BOX_N
             wrap = n >= N
@@ -141,10 +178,25 @@ def wgrad_box(
                 new = new + (without_infinities(sums[one]),)
             sums = new
     first = dw + (split * GROUPS + g).to(tl.int64) * K * (R * S) * C
-    for one in tl.static_range(TAPS):
-        sums = _store_taps(first, sums, k0, K, c0, C, tap + one, R * S, BLOCK_C, BLOCK_K, BLOCK_K2)
+    _store_slice(first, sums, k0, K, c0, C, tap, R * S, TAPS, HALF, BLOCK_C, BLOCK_K, BLOCK_K2)
+    if SHARES < SPLITS:
+        zeros = _sums_of(TAPS, HALF, BLOCK_C, BLOCK_K, BLOCK_K2, ACC)
+        for slot in tl.range(split + SHARES, SPLITS, SHARES):
+            first = dw + (slot * GROUPS + g).to(tl.int64) * K * (R * S) * C
+            _store_slice(first, zeros, k0, K, c0, C, tap, R * S, TAPS, HALF, BLOCK_C, BLOCK_K, BLOCK_K2)
+
+
+@triton.jit
+def _sums_of(
+    TAPS: tl.constexpr, HALF: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_K2: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    sums = ()  # by tap, then by box of channels, then by block of filters
+    for _ in tl.static_range(TAPS):
+        sums = sums + _zeros(BLOCK_C, BLOCK_K, BLOCK_K2, ACC)
         if HALF:
-            sums = _store_taps(first, sums, k0, K, c0 + BLOCK_C, C, tap + one, R * S, BLOCK_C // 2, BLOCK_K, BLOCK_K2)
+            sums = sums + _zeros(BLOCK_C // 2, BLOCK_K, BLOCK_K2, ACC)
+    return sums
 
 
 @triton.jit
@@ -156,12 +208,25 @@ def _zeros(COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_K2: tl.constexpr,
 
 
 @triton.jit
-def _products(new, sums, grads, box, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    # `new`, and the next of the sums after a product of each block of filters with the box.
+def _products(sums, grads, box, PIXEL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    # The sums after a product of each block of filters with the box.  They are as many as the blocks: Triton 3.6 knows
+    # a call by the types of all that its tuples hold, and took one of 1 and 4 elements for one of 0 and 5.
+    new = ()
     for k in tl.static_range(len(grads)):
-        total = tl.dot(grads[k].T, box, sums[len(new)], input_precision=PRECISION, out_dtype=ACC)
-        new = new + (total,)
+        grad, other = (grads[k], box.T) if PIXEL == 2 else (grads[k].T, box)
+        new = new + (tl.dot(grad, other, sums[k], input_precision=PRECISION, out_dtype=ACC),)
     return new
+
+
+@triton.jit
+def _store_slice(
+    dw, sums, k0, K, c0, C, tap, TAPS_ALL: tl.constexpr, TAPS: tl.constexpr, HALF: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_K2: tl.constexpr,
+):  # fmt: skip
+    for one in tl.static_range(TAPS):
+        sums = _store_taps(dw, sums, k0, K, c0, C, tap + one, TAPS_ALL, BLOCK_C, BLOCK_K, BLOCK_K2)
+        if HALF:
+            sums = _store_taps(dw, sums, k0, K, c0 + BLOCK_C, C, tap + one, TAPS_ALL, BLOCK_C // 2, BLOCK_K, BLOCK_K2)
 
 
 @triton.jit

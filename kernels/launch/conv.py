@@ -228,15 +228,16 @@ def plan_wgrad(
             "x_half": describe(matrices["x"], planes, tile.box, tile.block_c // 2) if tile.half else None,
             "dy": describe(matrices["dy"], planes, tile.box, tile.block_k),
             "dy2": describe(matrices["dy"], planes, tile.box, tile.block_k2) if tile.block_k2 else None,
-            "TAPS": tile.taps, "BLOCK_K2": tile.block_k2, "HALF": int(tile.half),
+            "TAPS": tile.taps, "LAST": tile.last, "BLOCK_K2": tile.block_k2, "HALF": int(tile.half),
+            "ONE_K": problem.group_filters <= tile.rows, "ONE_C": columns <= tile.channels,
             "UNIT": 16 // x.itemsize if problem.group_channels % 16 else 0,
             "stride_h": problem.stride[0], "stride_w": problem.stride[1],
             "PIXEL": 2 if turned else int(pixel), "BOX_N": tile.box[0],
             "BOX_H": tile.box[1], "BOX_W": tile.box[2],
         }  # fmt: skip
-    taps = 1 if tile.formulation == "gather" else triton.cdiv(problem.taps, tile.taps)
-    blocks = triton.cdiv(columns, tile.channels) * triton.cdiv(problem.group_filters, tile.rows)
-    programs = blocks * taps * problem.groups * tile.splits
+    whole, left = (1, 0) if tile.formulation == "gather" else divmod(problem.taps, tile.taps)
+    blocks = triton.cdiv(columns, tile.channels) * triton.cdiv(problem.group_filters, tile.rows) * problem.groups
+    programs = blocks * (whole * tile.splits + (tile.last or tile.splits if left else 0))
     launches = [*before, Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
     return launches if tile.splits == 1 else [*launches, plan_add_slices(parts, matrix, gpu=gpu)]
 
