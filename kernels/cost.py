@@ -427,8 +427,11 @@ def _warp_groups(shape: _Shape, tile: Tile) -> tuple[float, float]:
     columns_of: tuple[int, ...] = (shape.columns // tile.taps,) * tile.taps
     if tile.half:
         columns_of = shape.columns * 2 // 3, shape.columns // 3
+    products_of = list(itertools.product(rows_of, columns_of))
+    if tile.formulation == "runs" and tile.block_k2:  # the second product's rows are pixels
+        products_of[-1] = shape.columns, tile.block_k2
     issued = lines = 0.0
-    for rows, columns in itertools.product(rows_of, columns_of):
+    for rows, columns in products_of:
         along_rows = min(groups, max(1, rows // 64))
         width = columns * along_rows / groups
         products = max(1.0, rows / 64) * math.ceil(width / 256) * groups / along_rows
