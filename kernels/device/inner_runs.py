@@ -81,6 +81,7 @@ def _sums(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K2: tl.constexpr,
+    TURNED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     i = first + tl.arange(0, PIXELS)
@@ -92,7 +93,7 @@ def _sums(
     acc = tl.zeros((PIXELS, BLOCK_K) if EXACT else (BLOCK_K, PIXELS), ACC)
     if BLOCK_K2 > 0:
         k2 = k0 + BLOCK_K + tl.arange(0, BLOCK_K2)
-        acc2 = tl.zeros((PIXELS, BLOCK_K2), ACC)
+        acc2 = tl.zeros((PIXELS, BLOCK_K2) if TURNED or EXACT else (BLOCK_K2, PIXELS), ACC)
     for d0 in tl.range(0, DEPTH, BLOCK_C, num_stages=1 if EXACT else None):
         at, s = _places(d0, d, cls, stride_xn, stride_xc, stride_xh, C, R, S, RUN, ALIGN, DIL_H, INDEX)
         at = x + (start[:, None] + at[None, :])
@@ -106,9 +107,16 @@ def _sums(
             a2 = tl.load(
                 (filters + k2.to(INDEX) * DEPTH)[:, None] + (d0 + d)[None, :], mask=(k2 < K)[:, None], other=0.0
             )
-            acc2 = tl.dot(pixels, a2.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+            if TURNED or EXACT:
+                acc2 = tl.dot(pixels, a2.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                acc2 = tl.dot(a2, pixels.T, acc2, input_precision=PRECISION, out_dtype=ACC)
     acc = acc.T if EXACT else acc
-    return acc, acc2.T if BLOCK_K2 > 0 else acc
+    if BLOCK_K2 > 0:
+        acc2 = acc2.T if TURNED or EXACT else acc2
+    else:
+        acc2 = acc
+    return acc, acc2
 
 
 @triton.jit
@@ -149,6 +157,7 @@ def fprop_inner_runs(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K2: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     FEW: tl.constexpr = 16
     t = tl.program_id(0)
@@ -160,7 +169,7 @@ def fprop_inner_runs(
     filters = w + tl.cast(cls * K, INDEX) * DEPTH
     acc, acc2 = _sums(
         x, filters, k0, K, first, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R, S, RUN,
-        ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, BLOCK_K2, False,
+        ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, BLOCK_K2, TURNED, False,
     )  # fmt: skip
     poisoned = has_nan(acc)
     if BLOCK_K2 > 0:
@@ -175,7 +184,8 @@ def fprop_inner_runs(
         for some in tl.range(first, first + PIXELS, FEW):
             few, few2 = _sums(
                 x, filters, k0, K, some, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R,
-                S, RUN, ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, BLOCK_K2, True,
+                S, RUN, ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, BLOCK_K2, TURNED,
+                True,
             )  # fmt: skip
             if BLOCK_K2 > 0:
                 finish(few2, y, bias, some, cls, N, k0 + BLOCK_K, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q,

@@ -14,9 +14,8 @@ from tileconv.kernels.device.conv_steps import bias_and_activation
 _FAR = tl.constexpr(1 << 29)  # a row that is outside every image
 
 
-# Sums of the output pixels `first` and after it: [BLOCK_K, PIXELS], and those of BLOCK_K2 filters more, from a second
-# product whose rows are pixels: Hopper takes rows in 64s, columns in eights.  EXACT reads what the filters meet and
-# nothing beside it, element by element.
+# Sums of the output pixels `first` and after it: [BLOCK_K, PIXELS], and, by a second product, of BLOCK_K2 filters more.
+# EXACT reads what the filters meet and nothing beside it, element by element.
 @triton.jit
 def _sums(
     x,
@@ -51,6 +50,7 @@ def _sums(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,  # a multiple of RUN
     BLOCK_K2: tl.constexpr,
+    TURNED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     i = first + tl.arange(0, PIXELS)
@@ -70,7 +70,7 @@ def _sums(
     if BLOCK_K2 > 0:
         k2 = k0 + BLOCK_K + tl.arange(0, BLOCK_K2)
         rows2 = (filters + k2.to(INDEX) * DEPTH)[:, None] + d[None, :]
-        acc2 = tl.zeros((PIXELS, BLOCK_K2), ACC)
+        acc2 = tl.zeros((PIXELS, BLOCK_K2) if TURNED or EXACT else (BLOCK_K2, PIXELS), ACC)
     for d0 in tl.range(0, DEPTH, BLOCK_C, num_stages=1 if EXACT else None):
         run = d0 // RUN + d // RUN
         r = run % R * DIL_H
@@ -85,9 +85,16 @@ def _sums(
             acc = tl.dot(a, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
         if BLOCK_K2 > 0:
             a2 = tl.load(rows2 + d0, mask=(k2 < K)[:, None], other=0.0)
-            acc2 = tl.dot(pixels, a2.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+            if TURNED or EXACT:
+                acc2 = tl.dot(pixels, a2.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                acc2 = tl.dot(a2, pixels.T, acc2, input_precision=PRECISION, out_dtype=ACC)
     acc = acc.T if EXACT else acc
-    return acc, acc2.T if BLOCK_K2 > 0 else acc
+    if BLOCK_K2 > 0:
+        acc2 = acc2.T if TURNED or EXACT else acc2
+    else:
+        acc2 = acc
+    return acc, acc2
 
 
 @triton.jit
@@ -157,6 +164,7 @@ def fprop_runs(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,  # a multiple of RUN
     BLOCK_K2: tl.constexpr,  # filters of a second product on the same pixels: 64 + 32 waste no row of 96
+    TURNED: tl.constexpr,  # whether its rows are pixels: Hopper takes rows in 64s, columns in eights
 ):
     FEW: tl.constexpr = 16
     RUNS: tl.constexpr = RUN if RUN > FEW else FEW
@@ -167,7 +175,7 @@ def fprop_runs(
     acc, acc2 = _sums(
         x, w, k0, K, first, N, H, W, stride_xn, stride_xc, stride_xh, pad_h, P, Q, C, R, RUN, LEAD, USED, FIRST,
         ALIGN, STRIDE_H, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, BLOCK_K2,
-        False,
+        TURNED, False,
     )  # fmt: skip
     poisoned = has_nan(acc)
     if BLOCK_K2 > 0:
@@ -182,7 +190,8 @@ def fprop_runs(
         for some in tl.range(first, first + PIXELS, FEW):
             few, few2 = _sums(
                 x, w, k0, K, some, N, H, W, stride_xn, stride_xc, stride_xh, pad_h, P, Q, C, R, RUN, LEAD, USED, FIRST,
-                ALIGN, STRIDE_H, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, FEW, BLOCK_K, RUNS, BLOCK_K2, True,
+                ALIGN, STRIDE_H, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, FEW, BLOCK_K, RUNS, BLOCK_K2, TURNED,
+                True,
             )  # fmt: skip
             if BLOCK_K2 > 0:
                 finish(few2, y, bias, some, 0, N, k0 + BLOCK_K, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, 1,
