@@ -77,7 +77,8 @@ def choose_runs(
     if batch_invariant:
         tile = choose_runs(replace(problem, N=TYPICAL_BATCH), pass_, dtype, precision, gpu, runs=runs)
         # As in tiles.choose: numpy's library adds in an order that the place in a block decides, but not in small ones.
-        return replace(tile, box=(16, 1, 1)) if gpu.interprets else tile
+        small = replace(tile, box=(16, 1, 1), block_k=power_of_two(tile.rows), block_k2=0)
+        return small if gpu.interprets else tile
     runs = runs or problem.runs(dtype.itemsize, pass_)
     assert runs is not None
     filters = max(power_of_two(problem.K), 16)
