@@ -99,8 +99,8 @@ def choose_runs(
     both = [(*tile, 0) for tile in candidates] + [(*tile, 32) for tile in FPROP_OF_96 if of_96]
     for pixels, block_k, block_c, warps, block_k2 in both:
         block_c = block_c if in_bits or runs.inner else max(block_c, runs.length)
-        if block_k2 and block_c > 32 and gpu.arch >= 120:
-            continue  # runs of 64 pixels: 8 and 32 bytes spill
+        if block_k2 and block_c > 32 and gpu.arch >= 100:
+            continue  # runs of 64 pixels: 8 to 32 bytes spill
         rows = block_k + block_k2
         sums = rows * (block_c if pass_ == "wgrad" else pixels)
         # As many sums spill before Hopper, and with the addresses of 4-byte pixels beside them there too.
