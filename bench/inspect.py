@@ -68,7 +68,7 @@ def specialise(launch: Any, arch: str) -> Specialised:
         )
     backend = make_backend(target(arch))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
+    options = launch.options | {"debug": False}
     arguments, specialization, rest = bind(**launch.arguments, **options)
     # 3.6 to 3.9 agree on these two steps of JITFunction.run.
     parsed, signature, constexprs, attributes = kernel._pack_args(backend, options, arguments, specialization, rest)

@@ -453,7 +453,7 @@ def _fprop_runs(a: Arguments) -> Traffic:
     biases = a["K"] * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
     weights = a["K"] * a["DEPTH"] * size
     written = a["N"] * a["P"] * a["Q"] * a["K"] * _itemsize(a["y"])
-    read = loaded * size * _cdiv(a["K"], a["BLOCK_K"]) + pixel_tiles * (weights + biases)
+    read = loaded * size * _cdiv(a["K"], a["BLOCK_K"] + a["BLOCK_K2"]) + pixel_tiles * (weights + biases)
     return Traffic(read, written, reached * size + weights + biases + written)
 
 
@@ -481,7 +481,8 @@ def _fprop_inner_runs(a: Arguments) -> Traffic:
     weights = a["K"] * a["DEPTH"] * size
     written = a["N"] * a["P"] * a["Q"] * a["K"] * _itemsize(a["y"])
     # Nothing is masked: what no filter meets and what is beyond the last pixel reads what is there anyway.
-    pixels = tiles * a["PIXELS"] * a["DEPTH"] * _cdiv(a["K"], a["BLOCK_K"]) * size
+    filter_tiles = _cdiv(a["K"], a["BLOCK_K"] + a["BLOCK_K2"])
+    pixels = tiles * a["PIXELS"] * a["DEPTH"] * filter_tiles * size
     used = min(a["CLASSES"], a["N"]) * weights
     return Traffic(pixels + tiles * (weights + biases), written, _inner_runs(a) + used + biases + written)
 

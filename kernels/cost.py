@@ -228,8 +228,8 @@ def predict(
         threads_need = min(255, 42 + 7 * shape.rows * shape.columns // (160 * tile.num_warps))
     if not on_tensor_cores:
         # Compiled by boxes: 46 for 4 sums, 40 to 56 for 8, 80 for 16, 80 to 128 for 32, 120 to 254 for 64.
-        beside = 70 if tile.formulation == "gather" else 50
-        threads_need = min(255, beside + shape.rows * shape.columns // (16 * tile.num_warps))
+        others = 70 if tile.formulation == "gather" else 50
+        threads_need = min(255, others + shape.rows * shape.columns // (16 * tile.num_warps))
     if tile.formulation == "runs" and not by_warps:
         # 44 inner runs compiled for sm_90 take 38 to 168 beside their sums, half of them at most 75; runs with masks,
         # 256 pixels x 64 filters in four warps, 106.
@@ -457,8 +457,11 @@ def _warp_groups(shape: _Shape, tile: Tile) -> tuple[float, float]:
     columns_of: tuple[int, ...] = (shape.columns // tile.taps,) * tile.taps
     if tile.half:
         columns_of = shape.columns * 2 // 3, shape.columns // 3
+    products_of = list(itertools.product(rows_of, columns_of))
+    if tile.formulation == "runs" and tile.block_k2:  # the second product's rows are pixels
+        products_of[-1] = shape.columns, tile.block_k2
     issued = lines = 0.0
-    for rows, columns in itertools.product(rows_of, columns_of):
+    for rows, columns in products_of:
         along_rows = min(groups, max(1, rows // 64))
         width = columns * along_rows / groups
         products = max(1.0, rows / 64) * math.ceil(width / 256) * groups / along_rows

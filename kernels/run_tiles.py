@@ -22,6 +22,9 @@ FPROP = (
     (256, 64, 32, 4), (256, 64, 32, 8), (128, 64, 64, 4), (128, 64, 32, 4), (64, 64, 64, 4), (32, 64, 64, 4),
     (256, 128, 32, 8), (128, 128, 64, 8), (128, 32, 64, 4),
 )  # fmt: skip
+# With 32 filters more in a second product, where that wastes fewer rows: 96 as two blocks of 64 multiply a third more,
+# and load every pixel twice.  Compiled for sm_80 to sm_120 none of those chosen spills, and on sm_90 no product waits.
+FPROP_OF_96 = ((128, 64, 32, 4),)
 # (pixels of one row, filters, (c, r, e), warps)
 WGRAD = (
     (64, 64, 256, 8), (64, 64, 128, 4), (64, 64, 128, 8), (32, 64, 128, 4), (64, 128, 128, 8), (64, 32, 64, 4),
@@ -45,6 +48,23 @@ def in_runs(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: s
     return few and pass_ != "dgrad" and on_tensor_cores and problem.dilation[1] == problem.groups == 1
 
 
+def turned(tile: ConvTile, gpu: GPU) -> bool:
+    """Whether the rows of a second product are pixels.
+
+    Warp groups take rows in 64s. Single warps take 16, and their fragments of pixels serve both products as they are.
+    """
+    return tile.block_k2 > 0 and (gpu.interprets or gpu.arch // 10 in (9, 10))
+
+
+def most_registers(tile: ConvTile, dtype: torch.dtype, gpu: GPU) -> int | None:
+    """Registers a thread that a launch is held to, for three programs an SM, where none spills then.
+
+    Left alone, storing 64 + 32 filters took 162 to 230 for sm_90, and two programs hide less of each other's ends.
+    """
+    three = tile.block_k2 > 0 and tile.block_c <= 32 and dtype.itemsize == 2
+    return 168 if three and gpu.arch // 10 == 9 else None
+
+
 @lru_cache(maxsize=1024)
 def choose_runs(
     problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU, batch_invariant: bool = False,
@@ -57,22 +77,32 @@ def choose_runs(
     if batch_invariant:
         tile = choose_runs(replace(problem, N=TYPICAL_BATCH), pass_, dtype, precision, gpu, runs=runs)
         # As in tiles.choose: numpy's library adds in an order that the place in a block decides, but not in small ones.
-        return replace(tile, box=(16, 1, 1)) if gpu.interprets else tile
+        small = replace(tile, box=(16, 1, 1), block_k=power_of_two(tile.rows), block_k2=0)
+        return small if gpu.interprets else tile
     runs = runs or problem.runs(dtype.itemsize, pass_)
     assert runs is not None
     filters = max(power_of_two(problem.K), 16)
+    of_96 = pass_ == "fprop" and 96 * -(-problem.K // 96) < 64 * -(-problem.K // 64)
     if gpu.interprets:  # few programs, large blocks
         pixels = problem.Q if pass_ == "wgrad" else problem.N * problem.P * problem.Q
         depth = power_of_two(problem.C * problem.R * runs.length)
         most = 32 if runs.align == 1 else 1024  # a mask's bits
         box = (min(max(power_of_two(pixels), 16), most), 1, 1)
-        return ConvTile("runs", box, min(filters, 512), max(min(depth, 1024), power_of_two(runs.length), 16))
+        block_c = max(min(depth, 1024), power_of_two(runs.length), 16)
+        return ConvTile("runs", box, 64 if of_96 else min(filters, 512), block_c, block_k2=32 * of_96)
     found = []
     in_bits = pass_ == "wgrad" and dtype.itemsize == 4
     of_bits = WGRAD_TF32_IN_3_6 if triton_version() < (3, 7) else WGRAD_TF32
-    for pixels, block_k, block_c, warps in of_bits if in_bits else WGRAD if pass_ == "wgrad" else FPROP:
+    candidates = of_bits if in_bits else WGRAD if pass_ == "wgrad" else FPROP
+    # By single warps 4-byte operands spill: 8 to 280 bytes.
+    of_96 = of_96 and (dtype.itemsize == 2 or gpu.arch // 10 in (9, 10))
+    both = [(*tile, 0) for tile in candidates] + [(*tile, 32) for tile in FPROP_OF_96 if of_96]
+    for pixels, block_k, block_c, warps, block_k2 in both:
         block_c = block_c if in_bits or runs.inner else max(block_c, runs.length)
-        sums = block_k * (block_c if pass_ == "wgrad" else pixels)
+        if block_k2 and block_c > 32 and gpu.arch >= 100:
+            continue  # runs of 64 pixels: 8 to 32 bytes spill
+        rows = block_k + block_k2
+        sums = rows * (block_c if pass_ == "wgrad" else pixels)
         # As many sums spill before Hopper, and with the addresses of 4-byte pixels beside them there too.
         most = 4096 * warps if (gpu.arch < 90 or dtype.itemsize == 4) and not in_bits else 1 << 16
         if block_k > max(filters, 32) or sums >= most:
@@ -81,12 +111,12 @@ def choose_runs(
             continue  # compiled for sm_86 and sm_89, not for sm_80, 8 bytes spill
         if gpu.arch in (86, 89) and in_bits and runs.length <= 4 and (block_k == 128 or warps == 1):
             continue  # there many rows of addresses: 40 and 64 bytes
-        step = (block_k + (block_c if pass_ == "wgrad" else pixels)) * dtype.itemsize
+        step = (rows + (block_c if pass_ == "wgrad" else pixels)) * dtype.itemsize
         step *= pixels if pass_ == "wgrad" else block_c
         stages = min(3, (gpu.shared_block - 2048) // step)
         if stages < 2:
             continue
-        tile = ConvTile("runs", (pixels, 1, 1), block_k, block_c, warps, stages)
+        tile = ConvTile("runs", (pixels, 1, 1), block_k, block_c, warps, stages, block_k2=block_k2)
         found += _split(problem, tile, runs, gpu) if pass_ == "wgrad" else [tile]
     found = excluded.without(found, gpu.name, pass_)
     # Loads that threads address by themselves take their time in ways that the model sees less of than a box's.

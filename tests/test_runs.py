@@ -17,6 +17,7 @@ import tileconv.kernels as tk
 from tileconv.bench import inspect, predictions
 from tileconv.bench.cases import Case, launches
 from tileconv.kernels import cost, hardware, interpreter, run_tiles, tiles
+from tileconv.kernels.conv_tile import ConvTile
 from tileconv.kernels.geometry import Conv2dProblem, Runs
 from tileconv.kernels.launch import conv, plans, runs
 
@@ -24,15 +25,15 @@ BEFORE_3_7 = hardware.triton_version() < (3, 7)
 # name: x, w, arguments of conv2d
 LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "11x11 s4": ((2, 3, 31, 32), (20, 3, 11, 11), {"stride": 4, "padding": 2}),
-    "7x7 s2": ((2, 3, 14, 18), (33, 3, 7, 7), {"stride": 2, "padding": 3}),
+    "7x7 s2": ((2, 3, 14, 18), (70, 3, 7, 7), {"stride": 2, "padding": 3}),
     "rows strided by three and dilated": ((1, 1, 20, 24), (8, 1, 5, 5), {"stride": (3, 2), "dilation": (2, 1)}),
     "stride wider than the filter": ((2, 4, 9, 16), (16, 4, 3, 3), {"stride": (1, 8), "padding": 1}),
     "11x11 s4, channels last": ((2, 3, 19, 20), (18, 3, 11, 11), {"stride": 4, "padding": (1, 3)}),
     "7x7 s2, channels last": ((1, 3, 14, 18), (16, 3, 7, 7), {"stride": 2, "padding": 3}),
     "rows at any address": ((2, 3, 17, 23), (12, 3, 5, 5), {"stride": 4, "padding": 1}),
     "rows at any address, channels last": ((2, 3, 15, 17), (16, 3, 7, 7), {"stride": 2, "padding": (0, 3)}),
-    "no padding": ((5, 3, 16, 23), (12, 3, 11, 11), {"stride": 4}),
-    "no padding, channels last": ((6, 3, 15, 19), (18, 3, 7, 7), {"stride": 4}),
+    "no padding": ((5, 3, 16, 23), (96, 3, 11, 11), {"stride": 4}),
+    "no padding, channels last": ((6, 3, 15, 19), (90, 3, 7, 7), {"stride": 4}),
     "no padding, rows dilated": ((3, 2, 12, 25), (9, 2, 3, 5), {"stride": 2, "dilation": (2, 1)}),
     "no padding, one image": ((1, 3, 15, 15), (8, 3, 11, 11), {"stride": 4}),
     "one column of filters": ((3, 2, 8, 10), (17, 2, 2, 1), {"stride": 2}),
@@ -139,7 +140,7 @@ def test_which_images_are_copied(size, batch, padding, batch_invariant, kernels,
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize(("width", "padding"), [(23, 0), (24, 2)], ids=["no padding", "padding"])
 def test_nan_and_infinity_stay_in_the_windows_that_hold_them(width, padding, layout, planned):
-    x, w = torch.randn(4, 3, 15, width).half(), (torch.randn(8, 3, 7, 7) / 7).half()
+    x, w = torch.randn(4, 3, 15, width).half(), (torch.randn(70, 3, 7, 7) / 7).half()
     clean = tk.conv2d(x.contiguous(memory_format=layout), w, stride=4, padding=padding)
     x[0, 0, 4, 0], x[1, 2, 14, 22], x[2, 1, 7, 11] = float("nan"), float("inf"), float("-inf")
     x[3, :, :, -1] = float("nan")  # the column after it, in memory, begins the next row
@@ -149,9 +150,36 @@ def test_nan_and_infinity_stay_in_the_windows_that_hold_them(width, padding, lay
     assert want.isnan().any() and want.isinf().any() and want.isfinite().any()
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
     plain = want.isfinite()
-    assert (
-        torch.equal(got[plain], clean[plain]) and (clean[plain] - want[plain]).abs().max() <= 2**-9 * want[plain].max()
-    )
+    for y in (clean, got):  # a window beside one that holds them is made once more, its sum in another order
+        assert (y[plain] - want[plain]).abs().max() <= 2**-9 * want[plain].max()
+
+
+@pytest.mark.parametrize("turned", [True, False], ids=["rows are pixels", "rows are filters"])
+@pytest.mark.parametrize(("filters", "width", "padding"), [(96, 21, 0), (70, 20, 2), (200, 22, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_blocks_of_64_and_32_filters(filters, width, padding, turned, layout, monkeypatch):
+    problem = Conv2dProblem(2, 3, 15, width, filters, 5, 5, (4, 4), ((padding,) * 2,) * 2)
+    x, w, bias = torch.randn(problem.x_shape).half(), torch.randn(problem.w_shape).half(), torch.randn(filters).half()
+    y = torch.full(problem.y_shape, float("nan"), dtype=torch.float16).contiguous(memory_format=layout)
+    monkeypatch.setattr(run_tiles, "choose_runs", lambda *_, **__: ConvTile("runs", (16, 1, 1), 64, 32, block_k2=32))
+    monkeypatch.setattr(run_tiles, "turned", lambda *_: turned)
+    launches = conv.plan_fprop(problem, x, w, bias, y, gpu=hardware.INTERPRETER, activation="relu")
+    assert launches[-1].kernel.__name__.endswith("_runs") and launches[-1].grid[0] % -(-filters // 96) == 0
+    for launch in launches:
+        launch.run()
+    want = F.conv2d(x.double(), w.double(), bias.double(), stride=4, padding=padding).relu()
+    assert (y - want).abs().max() <= 2**-10 * want.max()
+
+
+def test_only_blocks_that_waste_fewer_filters_have_a_second_product():
+    for arch, dtype in (("H100", torch.float16), ("H100", torch.float32), ("A100", torch.float16)):
+        precision = "tf32" if dtype == torch.float32 else "ieee"
+        chosen = {}
+        for filters in (32, 64, 65, 70, 96, 97, 128, 160, 192):
+            problem = Conv2dProblem(128, 3, 224, 224, filters, 11, 11, (4, 4))
+            chosen[filters] = run_tiles.choose_runs(problem, "fprop", dtype, precision, hardware.GPUS[arch])
+        assert {filters for filters, tile in chosen.items() if tile.block_k2} == {65, 70, 96}, (arch, dtype)
+        assert all(tile.rows == 96 for tile in chosen.values() if tile.block_k2)
 
 
 def test_what_lies_around_an_image_is_never_used():
@@ -266,7 +294,7 @@ def test_runs_are_modelled_faster_than_a_rewritten_image():
         assert times[0] < times[1], "and the rewriting is not even counted"
 
 
-@pytest.mark.parametrize(("pass_", "limit"), [("fprop", 2.0), ("wgrad", 2.5)])
+@pytest.mark.parametrize(("pass_", "limit"), [("fprop", 1.8), ("wgrad", 2.5)])
 def test_rows_that_start_anywhere_are_modelled_without_a_copy(pass_, limit):
     case, gpu = Case("alexnet-2012", "conv1", pass_, 128, "fp16"), hardware.GPUS["H100"]
     rows = predictions.predictions(case, launches(case, gpu), gpu)
@@ -296,6 +324,8 @@ def test_compiled(arch, suites):
             assert loads.get("LDSM.128", 0) <= row["loop_mma"] / 8
             assert loads["LDS.32"] <= 1.1 * row["loop_mma"], "a warp makes 64 x 64"
             continue
+        if row["kernel"] == "fprop_inner_runs":
+            assert row["mma"] == "HGMMA.64x128x16.F32 + HGMMA.64x32x16.F32" and row["ctas_per_sm"] == 3
         pixels, count = ("LDGSTS.32", (16, 32)) if "inner" in row["kernel"] else ("LDGSTS.64", (8, 16))
         assert loads[pixels] in count and not row["register_operand"]
         assert not {"LDG.16", "LDG.32", "LDGSTS.32"} & (loads.keys() - {pixels})

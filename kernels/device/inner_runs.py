@@ -9,7 +9,7 @@ one matrix of filters for each class, and a program's images are all of one.
 import triton
 import triton.language as tl
 
-from tileconv.kernels.device.runs import finish
+from tileconv.kernels.device.runs import finish, has_nan
 
 
 # For each place in the depth, (c, r, e) with e inside a run: its element, from the first one of an image of class 0 on
@@ -47,13 +47,14 @@ def _places(
     return at, s
 
 
-# Sums of the output pixels `first` and after it, of their class: [BLOCK_K, PIXELS].  EXACT reads what the filters meet
-# and nothing beside it, element by element.
+# Sums of the output pixels `first` and after it, of their class: [BLOCK_K, PIXELS] and, as in device/runs.py, those of
+# BLOCK_K2 filters more.  EXACT reads what the filters meet and nothing beside it, element by element.
 @triton.jit
 def _sums(
     x,
-    filters,  # pointers to rows of the class's matrix
-    inside,  # whether there is such a filter
+    filters,  # pointer to the class's matrix
+    k0,  # the first filter
+    K,
     first,
     cls,
     N,
@@ -79,6 +80,8 @@ def _sums(
     PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_K2: tl.constexpr,
+    TURNED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     i = first + tl.arange(0, PIXELS)
@@ -86,17 +89,34 @@ def _sums(
     m = tl.where(m * CLASSES + cls < N, m, 0)  # read, and not stored
     start = (m * step_xn + (i // Q % P) * step_xp + i % Q * (STRIDE_W // ALIGN)) * ALIGN
     d = tl.arange(0, BLOCK_C)
+    k = k0 + tl.arange(0, BLOCK_K)
     acc = tl.zeros((PIXELS, BLOCK_K) if EXACT else (BLOCK_K, PIXELS), ACC)
+    if BLOCK_K2 > 0:
+        k2 = k0 + BLOCK_K + tl.arange(0, BLOCK_K2)
+        acc2 = tl.zeros((PIXELS, BLOCK_K2) if TURNED or EXACT else (BLOCK_K2, PIXELS), ACC)
     for d0 in tl.range(0, DEPTH, BLOCK_C, num_stages=1 if EXACT else None):
         at, s = _places(d0, d, cls, stride_xn, stride_xc, stride_xh, C, R, S, RUN, ALIGN, DIL_H, INDEX)
         at = x + (start[:, None] + at[None, :])
         pixels = tl.load(at, mask=((s >= 0) & (s < S))[None, :], other=0.0) if EXACT else tl.load(at)
-        a = tl.load(filters[:, None] + (d0 + d)[None, :], mask=inside[:, None], other=0.0)
+        a = tl.load((filters + k.to(INDEX) * DEPTH)[:, None] + (d0 + d)[None, :], mask=(k < K)[:, None], other=0.0)
         if EXACT:  # fewer than 64 rows: mma.sync, which needs no waiting for what is written to shared memory
             acc = tl.dot(pixels, a.T, acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             acc = tl.dot(a, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
-    return acc.T if EXACT else acc
+        if BLOCK_K2 > 0:
+            a2 = tl.load(
+                (filters + k2.to(INDEX) * DEPTH)[:, None] + (d0 + d)[None, :], mask=(k2 < K)[:, None], other=0.0
+            )
+            if TURNED or EXACT:
+                acc2 = tl.dot(pixels, a2.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                acc2 = tl.dot(a2, pixels.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+    acc = acc.T if EXACT else acc
+    if BLOCK_K2 > 0:
+        acc2 = acc2.T if TURNED or EXACT else acc2
+    else:
+        acc2 = acc
+    return acc, acc2
 
 
 @triton.jit
@@ -136,31 +156,41 @@ def fprop_inner_runs(
     PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_K2: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     FEW: tl.constexpr = 16
     t = tl.program_id(0)
-    n_k = tl.cdiv(K, BLOCK_K)
-    k = (t % n_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    n_k = tl.cdiv(K, BLOCK_K + BLOCK_K2)
+    k0 = (t % n_k) * (BLOCK_K + BLOCK_K2)
     t = t // n_k
     cls = t % CLASSES
     first = tl.cast(t // CLASSES, INDEX) * PIXELS
-    filters = w + (cls * K + k).to(INDEX) * DEPTH
-    acc = _sums(
-        x, filters, k < K, first, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R, S, RUN,
-        ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, False,
+    filters = w + tl.cast(cls * K, INDEX) * DEPTH
+    acc, acc2 = _sums(
+        x, filters, k0, K, first, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R, S, RUN,
+        ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, BLOCK_K2, TURNED, False,
     )  # fmt: skip
-    poisoned = tl.max((acc != acc).to(tl.int32)) > 0
-    finish(acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES, HAS_BIAS,
+    poisoned = has_nan(acc)
+    if BLOCK_K2 > 0:
+        poisoned |= has_nan(acc2)
+        finish(acc2, y, bias, first, cls, N, k0 + BLOCK_K, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES,
+               HAS_BIAS, ACTIVATION, OUT, PIXELS, False)  # fmt: skip
+    finish(acc, y, bias, first, cls, N, k0, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES, HAS_BIAS,
            ACTIVATION, OUT, PIXELS, False)  # fmt: skip
     # A zero of the filters times what lies beside a window is NaN where that is infinite or NaN: once more, without it.
     if poisoned:
         tl.debug_barrier()  # each thread reads what others wrote
         for some in tl.range(first, first + PIXELS, FEW):
-            few = _sums(
-                x, filters, k < K, some, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R,
-                S, RUN, ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, True,
+            few, few2 = _sums(
+                x, filters, k0, K, some, cls, N, stride_xn, stride_xc, stride_xh, step_xn, step_xp, DEPTH, P, Q, C, R,
+                S, RUN, ALIGN, CLASSES, STRIDE_W, DIL_H, PRECISION, ACC, INDEX, FEW, BLOCK_K, 16, BLOCK_K2, TURNED,
+                True,
             )  # fmt: skip
-            finish(few, y, bias, some, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES,
+            if BLOCK_K2 > 0:
+                finish(few2, y, bias, some, cls, N, k0 + BLOCK_K, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q,
+                       CLASSES, HAS_BIAS, ACTIVATION, OUT, FEW, True)  # fmt: skip
+            finish(few, y, bias, some, cls, N, k0, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, CLASSES,
                    HAS_BIAS, ACTIVATION, OUT, FEW, True)  # fmt: skip
 
 

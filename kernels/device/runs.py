@@ -14,13 +14,14 @@ from tileconv.kernels.device.conv_steps import bias_and_activation
 _FAR = tl.constexpr(1 << 29)  # a row that is outside every image
 
 
-# Sums of the output pixels `first` and after it: [BLOCK_K, PIXELS].  EXACT reads what the filters meet and nothing
-# beside it, element by element.
+# Sums of the output pixels `first` and after it: [BLOCK_K, PIXELS], and, by a second product, of BLOCK_K2 filters more.
+# EXACT reads what the filters meet and nothing beside it, element by element.
 @triton.jit
 def _sums(
     x,
-    filters,  # pointers to rows of the matrix
-    inside_k,  # whether there is such a filter
+    filters,  # pointer to the matrix
+    k0,  # the first filter
+    K,
     first,
     N,
     H,
@@ -48,6 +49,8 @@ def _sums(
     PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,  # a multiple of RUN
+    BLOCK_K2: tl.constexpr,
+    TURNED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     i = first + tl.arange(0, PIXELS)
@@ -61,8 +64,13 @@ def _sums(
     # What a run has outside its row reads as zero because its image row is far away: one comparison in the loop.
     inside = (v >= 0) & (v < W * ALIGN) & (n < N)[:, None] & met[None, :]
     h0 = tl.where(inside, h0[:, None], -2 * _FAR)
-    filters = filters[:, None] + d[None, :]
+    k = k0 + tl.arange(0, BLOCK_K)
+    rows = (filters + k.to(INDEX) * DEPTH)[:, None] + d[None, :]
     acc = tl.zeros((PIXELS, BLOCK_K) if EXACT else (BLOCK_K, PIXELS), ACC)
+    if BLOCK_K2 > 0:
+        k2 = k0 + BLOCK_K + tl.arange(0, BLOCK_K2)
+        rows2 = (filters + k2.to(INDEX) * DEPTH)[:, None] + d[None, :]
+        acc2 = tl.zeros((PIXELS, BLOCK_K2) if TURNED or EXACT else (BLOCK_K2, PIXELS), ACC)
     for d0 in tl.range(0, DEPTH, BLOCK_C, num_stages=1 if EXACT else None):
         run = d0 // RUN + d // RUN
         r = run % R * DIL_H
@@ -70,21 +78,38 @@ def _sums(
         h = h0 + tl.where(run < C * R, r, _FAR)[None, :]
         # A negative row is a large unsigned one.
         pixels = tl.load(x + (start + shift[None, :]), mask=h.to(tl.uint32) < tl.cast(H, tl.uint32), other=0.0)
-        a = tl.load(filters + d0, mask=inside_k[:, None], other=0.0)
+        a = tl.load(rows + d0, mask=(k < K)[:, None], other=0.0)
         if EXACT:  # fewer than 64 rows: mma.sync, which needs no waiting for what is written to shared memory
             acc = tl.dot(pixels, a.T, acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             acc = tl.dot(a, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
-    return acc.T if EXACT else acc
+        if BLOCK_K2 > 0:
+            a2 = tl.load(rows2 + d0, mask=(k2 < K)[:, None], other=0.0)
+            if TURNED or EXACT:
+                acc2 = tl.dot(pixels, a2.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                acc2 = tl.dot(a2, pixels.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+    acc = acc.T if EXACT else acc
+    if BLOCK_K2 > 0:
+        acc2 = acc2.T if TURNED or EXACT else acc2
+    else:
+        acc2 = acc
+    return acc, acc2
+
+
+@triton.jit
+def has_nan(acc):
+    return tl.max((acc != acc).to(tl.int32)) > 0
 
 
 # Of the images cls, cls + CLASSES, ...; AGAIN replaces NaN alone: what a window without it made keeps its bits.
 @triton.jit
 def finish(
-    acc, y, bias, first, cls, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P: tl.constexpr, Q: tl.constexpr,
+    acc, y, bias, first, cls, N, k0, K, stride_yn, stride_yp, stride_yq, stride_yk, P: tl.constexpr, Q: tl.constexpr,
     CLASSES: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, OUT: tl.constexpr, PIXELS: tl.constexpr,
     AGAIN: tl.constexpr,
 ):  # fmt: skip
+    k = k0 + tl.arange(0, acc.shape[0])
     acc = bias_and_activation(acc, bias, 0, k, K, HAS_BIAS, ACTIVATION)
     i = first + tl.arange(0, PIXELS)
     n = (i // Q // P).to(tl.int64) * CLASSES + cls
@@ -138,30 +163,40 @@ def fprop_runs(
     PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,  # a multiple of RUN
+    BLOCK_K2: tl.constexpr,  # filters of a second product on the same pixels: 64 + 32 waste no row of 96
+    TURNED: tl.constexpr,  # whether its rows are pixels: Hopper takes rows in 64s, columns in eights
 ):
     FEW: tl.constexpr = 16
     RUNS: tl.constexpr = RUN if RUN > FEW else FEW
     t = tl.program_id(0)
-    n_k = tl.cdiv(K, BLOCK_K)
-    k = (t % n_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    n_k = tl.cdiv(K, BLOCK_K + BLOCK_K2)
+    k0 = (t % n_k) * (BLOCK_K + BLOCK_K2)
     first = tl.cast(t // n_k, INDEX) * PIXELS
-    filters = w + k.to(INDEX) * DEPTH
-    acc = _sums(
-        x, filters, k < K, first, N, H, W, stride_xn, stride_xc, stride_xh, pad_h, P, Q, C, R, RUN, LEAD, USED, FIRST,
-        ALIGN, STRIDE_H, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, False,
+    acc, acc2 = _sums(
+        x, w, k0, K, first, N, H, W, stride_xn, stride_xc, stride_xh, pad_h, P, Q, C, R, RUN, LEAD, USED, FIRST,
+        ALIGN, STRIDE_H, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, PIXELS, BLOCK_K, BLOCK_C, BLOCK_K2,
+        TURNED, False,
     )  # fmt: skip
-    poisoned = tl.max((acc != acc).to(tl.int32)) > 0
-    finish(acc, y, bias, first, 0, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, 1, HAS_BIAS,
+    poisoned = has_nan(acc)
+    if BLOCK_K2 > 0:
+        poisoned |= has_nan(acc2)
+        finish(acc2, y, bias, first, 0, N, k0 + BLOCK_K, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, 1,
+               HAS_BIAS, ACTIVATION, OUT, PIXELS, False)  # fmt: skip
+    finish(acc, y, bias, first, 0, N, k0, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, 1, HAS_BIAS,
            ACTIVATION, OUT, PIXELS, False)  # fmt: skip
     # A zero of the filters times what lies beside a window is NaN where that is infinite or NaN: once more, without it.
     if poisoned:
         tl.debug_barrier()  # each thread reads what others wrote
         for some in tl.range(first, first + PIXELS, FEW):
-            few = _sums(
-                x, filters, k < K, some, N, H, W, stride_xn, stride_xc, stride_xh, pad_h, P, Q, C, R, RUN, LEAD, USED,
-                FIRST, ALIGN, STRIDE_H, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, FEW, BLOCK_K, RUNS, True,
+            few, few2 = _sums(
+                x, w, k0, K, some, N, H, W, stride_xn, stride_xc, stride_xh, pad_h, P, Q, C, R, RUN, LEAD, USED, FIRST,
+                ALIGN, STRIDE_H, STRIDE_W, DIL_H, DEPTH, PRECISION, ACC, INDEX, FEW, BLOCK_K, RUNS, BLOCK_K2, TURNED,
+                True,
             )  # fmt: skip
-            finish(few, y, bias, some, 0, N, k, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, 1, HAS_BIAS,
+            if BLOCK_K2 > 0:
+                finish(few2, y, bias, some, 0, N, k0 + BLOCK_K, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, 1,
+                       HAS_BIAS, ACTIVATION, OUT, FEW, True)  # fmt: skip
+            finish(few, y, bias, some, 0, N, k0, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q, 1, HAS_BIAS,
                    ACTIVATION, OUT, FEW, True)  # fmt: skip
 
 

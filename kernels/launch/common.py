@@ -31,6 +31,13 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 1
     tile: str = ""  # how reports name the choice
+    most_registers: int | None = None  # a thread: programs that share an SM need them all to fit
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What triton compiles it with."""
+        limit = {} if self.most_registers is None else {"maxnreg": self.most_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
 
     def on(self, arguments: dict[str, Any]) -> Launch:
         """The launch of a call whose tensors differ and nothing else; made without a dataclass's checks, for speed."""
@@ -40,7 +47,7 @@ class Launch:
 
     def run(self) -> None:
         if self.grid[0] > 0:
-            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def accumulator(dtype: torch.dtype) -> Any:

@@ -77,14 +77,16 @@ def plan_fprop(
         "w": matrix, "y": y, "bias": bias, **strides("y", y, "nkpq"), "DEPTH": depth, "HAS_BIAS": bias is not None,
         "ACTIVATION": activation, "PRECISION": precision, "ACC": accumulator(x.dtype), "OUT": TRITON_TYPE[y.dtype],
         "INDEX": index_type(x), "PIXELS": tile.pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+        "BLOCK_K2": tile.block_k2, "TURNED": run_tiles.turned(tile, gpu),
     }  # fmt: skip
     if not runs.inner:
         arguments["LEAD"] = runs.lead
     pixels = triton.cdiv(problem.N, runs.classes) * problem.P * problem.Q
-    programs = runs.classes * triton.cdiv(pixels, tile.pixels) * triton.cdiv(problem.K, tile.block_k)
+    programs = runs.classes * triton.cdiv(pixels, tile.pixels) * triton.cdiv(problem.K, tile.rows)
     kernel = inner_runs.fprop_inner_runs if runs.inner else device.fprop_runs
     first = _plan_filters(problem, runs, w, x, matrix, gpu)
-    return [first, Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))]
+    most = run_tiles.most_registers(tile, x.dtype, gpu)
+    return [first, Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile), most)]
 
 
 def plan_wgrad(
