@@ -59,7 +59,7 @@ def turned(tile: ConvTile, gpu: GPU) -> bool:
 def most_registers(tile: ConvTile, dtype: torch.dtype, gpu: GPU) -> int | None:
     """Registers a thread that a launch is held to, for three programs an SM, where none spills then.
 
-    Left alone, storing 64 + 32 filters took 162 to 230 for sm_90, and two programs hide less of each other's ends.
+    Left alone, storing 64 + 32 filters took 160 to 214 for sm_90, and two programs hide less of each other's ends.
     """
     three = tile.block_k2 > 0 and tile.block_c <= 32 and dtype.itemsize == 2
     return 168 if three and gpu.arch // 10 == 9 else None
@@ -94,7 +94,7 @@ def choose_runs(
     in_bits = pass_ == "wgrad" and dtype.itemsize == 4
     of_bits = WGRAD_TF32_IN_3_6 if triton_version() < (3, 7) else WGRAD_TF32
     candidates = of_bits if in_bits else WGRAD if pass_ == "wgrad" else FPROP
-    # By single warps 4-byte operands spill: 8 to 280 bytes.
+    # By single warps 4-byte operands spill in some layers: 8 to 280 bytes.
     of_96 = of_96 and (dtype.itemsize == 2 or gpu.arch // 10 in (9, 10))
     both = [(*tile, 0) for tile in candidates] + [(*tile, 32) for tile in FPROP_OF_96 if of_96]
     for pixels, block_k, block_c, warps, block_k2 in both:
