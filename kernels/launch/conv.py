@@ -11,7 +11,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tileconv.kernels import cost, fp32, layout, tiles
+from tileconv.kernels import cost, fp32, hardware, layout, tiles
 from tileconv.kernels.conv_tile import ConvTile
 from tileconv.kernels.device import conv as device
 from tileconv.kernels.device import conv_gather, conv_wgrad
@@ -67,10 +67,13 @@ def plan_fprop(
         return depthwise.plan_fprop(problem, x, w, bias, y, gpu=gpu, activation=activation)
     if first := runs.prepare(problem, "fprop", x, precision, gpu=gpu, batch_invariant=batch_invariant):
         rows, image, before = first
-        return before + runs.plan_fprop(
-            rows, image, w, bias, y, gpu=gpu, activation=activation, precision=precision,
+        # Compiled by Triton 3.6 for sm_90, their stores into contiguous images spill 2,656 bytes and up, by 3.7 none.
+        out, after = by_channels_last(y, gpu=gpu) if hardware.triton_version() < (3, 7) else (y, [])
+        planned = runs.plan_fprop(
+            rows, image, w, bias, out, gpu=gpu, activation=activation, precision=precision,
             batch_invariant=batch_invariant,
         )  # fmt: skip
+        return [*before, *planned, *after]
     if padded.applies(problem, "fprop", x.dtype, precision, gpu, batch_invariant=batch_invariant):
         [(wide, _)] = padded.problems(problem, "fprop", x.dtype)
         (x, copy_x), (w, copy_w) = padded.image(x, gpu), padded.image(w, gpu)
