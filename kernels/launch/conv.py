@@ -232,7 +232,7 @@ def plan_wgrad(
             "dy": describe(matrices["dy"], planes, tile.box, tile.block_k),
             "dy2": describe(matrices["dy"], planes, tile.box, tile.block_k2) if tile.block_k2 else None,
             "TAPS": tile.taps, "LAST": tile.last, "BLOCK_K2": tile.block_k2, "HALF": int(tile.half),
-            "ONE_K": problem.group_filters <= tile.rows, "ONE_C": columns <= tile.channels,
+            "ONE_K": problem.group_filters <= tile.rows, "ONE_C": columns == tile.channels,
             "UNIT": 16 // x.itemsize if problem.group_channels % 16 else 0,
             "stride_h": problem.stride[0], "stride_w": problem.stride[1],
             "PIXEL": 2 if turned else int(pixel), "BOX_N": tile.box[0],
