@@ -55,8 +55,8 @@ def wgrad_box(
     BLOCK_K2: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HALF: tl.constexpr,  # 0, or 1 with TAPS = 1
-    ONE_K: tl.constexpr,  # whether a program makes all filters of a group
-    ONE_C: tl.constexpr,  # and whether all channels, which fill its block: others spill 8 bytes for sm_100 at TF32
+    ONE_K: tl.constexpr,  # may say that a program makes all filters of a group
+    ONE_C: tl.constexpr,  # and all channels
     UNIT: tl.constexpr,  # divides C where the compiler cannot see it (multiples of 16), else 0
 ):
     if UNIT:  # without it addresses of dw spill, for 136 channels of fp16 391 times
