@@ -219,7 +219,8 @@ def plan_wgrad(
         planes = problem.groups * fp32.parts(precision)
         pixel = tile.formulation == "pixel"
         describe: Callable[..., TensorDescriptor] = pixel_descriptor if pixel else image_descriptor
-        hopper = gpu.arch // 10 == 9 or gpu.interprets  # elsewhere some spill with blocks that have no number
+        # Elsewhere some spill with blocks that have no number, and here some whose channels do not fill them (136).
+        hopper = gpu.arch // 10 == 9 or gpu.interprets
         matrices = {"x": x, "dy": dy}
         for name, image in matrices.items():
             if turned:
@@ -233,7 +234,7 @@ def plan_wgrad(
             "dy": describe(matrices["dy"], planes, tile.box, tile.block_k),
             "dy2": describe(matrices["dy"], planes, tile.box, tile.block_k2) if tile.block_k2 else None,
             "TAPS": tile.taps, "LAST": tile.last, "BLOCK_K2": tile.block_k2, "HALF": int(tile.half),
-            "ONE_K": hopper and problem.group_filters <= tile.rows, "ONE_C": hopper and columns <= tile.channels,
+            "ONE_K": hopper and problem.group_filters <= tile.rows, "ONE_C": hopper and columns == tile.channels,
             "UNIT": 16 // x.itemsize if problem.group_channels % 16 else 0,
             "stride_h": problem.stride[0], "stride_w": problem.stride[1],
             "PIXEL": 2 if turned else int(pixel), "BOX_N": tile.box[0],
