@@ -313,7 +313,7 @@ def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
     pixels, inside = tile.pixels, 1.0
     if tile.formulation == "gather":
         outputs = problem.N * problem.P * problem.Q
-        boxes = -(-outputs // pixels)
+        boxes = tile.boxes(problem)
         steps: float = -(-problem.taps * C // tile.block_c) if tile.flat else problem.taps * -(-C // tile.block_c)
         columns = outputs / (boxes * pixels)
     else:
