@@ -211,7 +211,7 @@ def predict(
     shared_tiles = 0 if tile.splits == 1 else shape.tiles if pass_ == "wgrad" or not tile.tail else last_tiles
     narrow_tiles = last_tiles if tile.narrow else 0
     whole_tiles = shape.tiles - shared_tiles - narrow_tiles
-    partial = shape.rows * shape.columns * 4
+    partial = shape.rows * shape.columns * max(4, item)
     whole = shape.rows * shape.columns * item
     rate = _Rates(shape, tile, read_type, precision if products == 1 else "ieee", gpu)
     as_they_lie = tile.formulation == "box" or not turned(problem, dtype, precision, gpu)
@@ -250,7 +250,10 @@ def predict(
     finish = 0.0
     if shared_ctas:
         moved = shared_ctas * partial + shared_tiles * whole
-        finish = LAUNCH_US + 1e6 * moved / (0.6 * gpu.l2 if moved < 40e6 else gpu.dram * DRAM_LOAD)
+        finish = 1e6 * moved / (0.6 * gpu.l2 if moved < 40e6 else gpu.dram * DRAM_LOAD)
+        if tile.formulation == "gather" and pass_ != "wgrad":  # of few tiles: three parts are on their way at a time
+            finish = max(finish, 1e6 * LOAD_CYCLES / gpu.clock * math.ceil(tile.splits / 3))
+        finish += LAUNCH_US
     least = problem.bytes_least(item)
     moved = least * products * read_type.itemsize // item  # parts are more than one pass's share of L2: each time anew
     dram = 1e6 * (moved + (shared_ctas * partial if shared_ctas * partial > 40e6 else 0)) / (gpu.dram * DRAM_LOAD)
