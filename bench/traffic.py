@@ -246,6 +246,8 @@ def _outputs(a: Arguments, filter_tiles: int, boxes: int) -> tuple[int, int, int
 def _shared_tiles(a: Arguments, filter_tiles: int, filters: int) -> Iterator[tuple[int, int, int]]:
     """(first filter, filters, pixels) of every tile whose depth is shared: those from FULL on, filters fastest."""
     extents = [(a["N"], a["BOX_N"]), (a["P"], a["BOX_H"]), (a["Q"], a["BOX_W"] + a["SHIFT"])]
+    if a.get("COUNTED"):
+        extents = [(a["N"] * a["P"] * a["Q"], a["BOX_N"])]
     starts = [range(0, extent, box) for extent, box in extents]
     order = itertools.product(*starts, range(a["GROUPS"]), range(filter_tiles))
     for *place, g, k in itertools.islice(order, a["FULL"], None):
@@ -274,6 +276,9 @@ def _fprop_gather(a: Arguments) -> Traffic:
     filter_tiles = _cdiv(K, a["BLOCK_K"])
     pixels = a["N"] * reached * C * groups * filter_tiles * size
     weights = groups * K * C * a["R"] * a["S"] * size
+    if a["SPLITS"] > 1:  # fprop_finish does the rest
+        written = math.prod(a["parts"].shape) * _itemsize(a["parts"])
+        return Traffic(pixels + blocks * weights, written, _image_bytes(a) + weights + written)
     bias = groups * K * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
     written = a["N"] * a["P"] * a["Q"] * K * groups * _itemsize(a["y"])
     found = Traffic(pixels + blocks * (weights + bias), written, _image_bytes(a) + weights + bias + written)

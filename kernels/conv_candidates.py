@@ -170,13 +170,13 @@ def _covered(problem: Conv2dProblem, box: tuple[int, int, int]) -> int:
 
 
 def _shared_depth(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[ConvTile]:
-    """The tile with its depth shared: everywhere, or where the last wave would leave most SMs idle."""
+    """The tile with its depth shared: everywhere, or by descriptors where the last wave would leave most SMs idle."""
     programs = tile.boxes(problem) * problem.groups * -(-problem.group_filters // tile.filters)
     steps = problem.taps * -(-problem.group_channels // tile.block_c)
     tail = programs % gpu.sms
     found = [replace(tile, splits=splits) for splits in (2, 3, 4, 6, 8, 12, 16, 24, 32)
              if steps >= 4 * splits and programs * splits <= 4 * gpu.sms]  # fmt: skip
-    if tail and programs > gpu.sms:
+    if tail and programs > gpu.sms and tile.formulation != "gather":
         found += [replace(tile, splits=splits, tail=tail) for splits in (2, 3, 4, 6) if steps >= 4 * splits]
         if tile.block_k2 and not tile.shift:
             found.append(replace(tile, tail=tail))
@@ -317,8 +317,9 @@ def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
         found += [(128, 64, 2 * depth, 8), (128, 128, depth, 8), (128, 128, 2 * depth, 8)]
         if dtype.itemsize == 2:
             found += [(256, 64, depth, 8), (128, 256, depth, 8), (256, 128, depth, 8)]
-    return [ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, stages)
-            for pixels, block_k, block_c, warps in found]  # fmt: skip
+    tiles = [ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, stages)
+             for pixels, block_k, block_c, warps in found]  # fmt: skip
+    return tiles + [one for tile in tiles for one in _shared_depth(problem, tile, gpu)]
 
 
 def _wide(problem: Conv2dProblem, dtype: torch.dtype) -> bool:
@@ -413,5 +414,5 @@ def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
     found = [tile for tile in found if tile.block_k <= max(64, power_of_two(problem.group_filters))]
     if wgrad:
         return [replace(tile, splits=splits) for tile in found for splits in _splits(problem, tile, gpu)]
-    shared = [one for tile in found if tile.formulation != "gather" for one in _shared_depth(problem, tile, gpu)]
+    shared = [one for tile in found if not tile.flat for one in _shared_depth(problem, tile, gpu)]
     return found + shared

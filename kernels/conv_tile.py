@@ -112,6 +112,8 @@ class ConvTile:
         With `half` a box and the half box beside it count as one.
         """
         n, h, w = self.box
+        if self.formulation == "gather":
+            return -(-problem.N * problem.P * problem.Q // n)
         if self.half and not self.shift:
             return -(-problem.P // h) * self._in_row(problem, self.whole_columns(problem))
         h += h // 2 * self.half
@@ -192,8 +194,10 @@ def why_invalid(
         )
     if tile.narrow and fp32.parts(precision) > 1:
         return f"tail={tile.tail} with splits=1 multiplies no parts, and precision={precision!r} does"
-    if (tile.block_k2 or (tile.splits > 1 and pass_ != "wgrad")) and tile.formulation == "gather":
-        return "formulation='gather' has no second product and no splits"
+    if (tile.block_k2 or tile.tail) and tile.formulation == "gather":
+        return "formulation='gather' has no second product, and all its tiles are shared or none (tail=0)"
+    if tile.splits > 1 and tile.flat and pass_ != "wgrad":
+        return f"splits={tile.splits} needs fprop and dgrad that step through channels (flat=False), or wgrad"
     if tile.taps not in (range(1, 6) if pass_ == "wgrad" and tile.formulation != "gather" else (1,)):
         return f"taps={tile.taps}: allowed are 1, and 2 to 5 in wgrad where formulation is not gather"
     left = problem.taps % tile.taps if tile.taps < problem.taps else 0

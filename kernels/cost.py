@@ -214,7 +214,7 @@ def predict(
     shared_tiles = 0 if tile.splits == 1 else shape.tiles if pass_ == "wgrad" or not tile.tail else last_tiles
     narrow_tiles = last_tiles if tile.narrow else 0
     whole_tiles = shape.tiles - shared_tiles - narrow_tiles
-    partial = shape.rows * shape.columns * 4
+    partial = shape.rows * shape.columns * max(4, item)
     whole = shape.rows * shape.columns * item
     read_as = precision if products == 1 else "ieee"
     rate = _Rates(shape, tile, read_type, read_as, gpu)
@@ -266,7 +266,10 @@ def predict(
     finish = 0.0
     if shared_ctas:
         moved = slices + finished
-        finish = LAUNCH_US + 1e6 * moved / (0.6 * gpu.l2 if moved < 40e6 else gpu.dram * DRAM_LOAD)
+        finish = 1e6 * moved / (0.6 * gpu.l2 if moved < 40e6 else gpu.dram * DRAM_LOAD)
+        if tile.formulation == "gather" and pass_ != "wgrad":  # of few tiles: three parts are on their way at a time
+            finish = max(finish, 1e6 * LOAD_CYCLES / gpu.clock * math.ceil(tile.splits / 3))
+        finish += LAUNCH_US
     least = problem.bytes_least(item)
     moved = least * products * read_type.itemsize // item  # parts are more than one pass's share of L2: each time anew
     dram = 1e6 * (moved + (slices if slices > 40e6 else 0)) / (gpu.dram * DRAM_LOAD)
@@ -334,7 +337,7 @@ def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
     pixels, inside = tile.pixels, 1.0
     if tile.formulation == "gather":
         outputs = problem.N * problem.P * problem.Q
-        boxes = -(-outputs // pixels)
+        boxes = tile.boxes(problem)
         steps: float = -(-problem.taps * C // tile.block_c) if tile.flat else problem.taps * -(-C // tile.block_c)
         columns = outputs / (boxes * pixels)
     else:

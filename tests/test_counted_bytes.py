@@ -111,6 +111,15 @@ def test_half_a_box_more(box, more):
         agrees(conv.plan_dgrad(problem, y, w, x, gpu=GPU))
 
 
+@pytest.mark.parametrize("name", ["grouped", "strided and dilated"])
+def test_shared_depth_by_pointers(name):
+    problem = (PROBLEMS | STRIDED)[name]
+    x, w, bias, y = tensors(problem)
+    with tiles.override(**GATHER, splits=4):
+        agrees(conv.plan_fprop(problem, x, w, bias, y, gpu=GPU, activation="relu"))
+        agrees(conv.plan_dgrad(problem, y, w, x, gpu=GPU))
+
+
 COLUMN = BOX | {"box": (4, 4, 1), "block_k2": 32, "shift": True}
 
 

@@ -46,6 +46,11 @@ WAYS = {
     "padded copies": Way(("widen", "widen", "fprop_box"), size=ODD),
     "bf16": Way(("fprop_box",), torch.bfloat16),
     "fp32 by pointers": Way(("fprop_gather",), torch.float32, ODD),
+    "depth shared by pointers": Way(
+        ("fprop_gather", "fprop_finish"),
+        torch.float32,
+        tile=PIXEL | {"formulation": "gather", "flat": False, "splits": 2},
+    ),
     # The factor is an fp32 number in every dtype: only one that is exact in it lets fp64 show its own rounding.
     "fp64": Way(("fprop_gather",), torch.float64, ODD, p=0.5),
     "bf16x3": Way(("split", "split", "fprop_box"), torch.float32, settings={"precision": "bf16x3"}),

@@ -62,13 +62,12 @@ def _pair_origin(
 
 @triton.jit
 def _store_pixels(
-    y, out, i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
-    BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    y, out, i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, box_h, box_w
 ):  # fmt: skip
     # out[k, i] for filters k of group g and flat pixels i of the box at (n, p, q).
-    i_n = n + i // (BOX_H * BOX_W)
-    i_p = p + (i // BOX_W) % BOX_H
-    i_q = q + i % BOX_W
+    i_n = n + i // (box_h * box_w)
+    i_p = p + (i // box_w) % box_h
+    i_q = q + i % box_w
     pixels = i_n.to(tl.int64) * stride_yn + i_p.to(tl.int64) * stride_yp + i_q.to(tl.int64) * stride_yq
     inside = (i_n < N) & (i_p < P) & (i_q < Q)
     rows = (g * K + k).to(tl.int64) * stride_yk
@@ -338,7 +337,7 @@ def store_box(
 
 
 # y[k, pixel] = activation(bias + parts[0] + parts[1] + ...), always in this order, for the tiles that were shared; with
-# dropout as in fprop_box.
+# dropout as in fprop_box.  With COUNTED a tile has BOX_N flat pixels (n, p, q), as fprop_gather counts them.
 @triton.jit
 def fprop_finish(
     parts,  # pointer to [tiles from FULL on, SPLITS, ROWS, pixels of a box]
@@ -367,6 +366,7 @@ def fprop_finish(
     BOX_W: tl.constexpr,
     ROWS: tl.constexpr,
     SHIFT: tl.constexpr,
+    COUNTED: tl.constexpr,  # FULL = SHIFT = 0 and BOX_H = BOX_W = 1
     BLOCK_K: tl.constexpr,  # divides ROWS, and half of it with SHIFT
     BLOCK_P: tl.constexpr,  # divides the pixels of a box
 ):
@@ -377,18 +377,29 @@ def fprop_finish(
     row = block % (ROWS // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
     i = block // (ROWS // BLOCK_K) * BLOCK_P + tl.arange(0, BLOCK_P)
     NEXT_K: tl.constexpr = ROWS // 2 if SHIFT else ROWS
-    k0, g, n, p, q = box_origin(FULL + t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W + SHIFT, NEXT_K)
+    if COUNTED:
+        k0, g, n, p, q = box_origin(t, N * P * Q, 1, 1, K, GROUPS, BOX_N, BOX_H, BOX_W, NEXT_K)
+    else:
+        k0, g, n, p, q = box_origin(FULL + t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W + SHIFT, NEXT_K)
     slot = parts + t.to(tl.int64) * (SPLITS * ROWS * PIXELS)
     acc = tl.zeros((BLOCK_K, BLOCK_P), parts.dtype.element_ty)
-    for part in tl.range(SPLITS):
-        acc += tl.load(slot + part * (ROWS * PIXELS) + (row * PIXELS)[:, None] + i[None, :])
+    at = slot + (row * PIXELS)[:, None] + i[None, :]
+    # By copies that run ahead: ptxas puts one plain load after the other, each behind the sum of the one before it.
+    for _ in tl.range(0, SPLITS, num_stages=4):
+        acc += tl.load(at)
+        at += ROWS * PIXELS
     k = k0 + row
     if SHIFT:  # the rows of the second product are those of the first, one column on
         second = block % (ROWS // BLOCK_K) * BLOCK_K // NEXT_K
         k -= second * NEXT_K
         q += second
-    image = n + i // (BOX_H * BOX_W)
+    image = n + i // (BOX_H * BOX_W)  # a flat pixel is one where there is dropout
     acc = finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
-    _store_pixels(
-        y, acc.to(OUT), i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W
-    )  # fmt: skip
+    if COUNTED:  # flat pixels of all images are those of a box of whole ones
+        _store_pixels(
+            y, acc.to(OUT), image, k, g, 0, 0, 0, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q
+        )  # fmt: skip
+    else:
+        _store_pixels(
+            y, acc.to(OUT), i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W
+        )  # fmt: skip

@@ -24,13 +24,15 @@ def _taps_beyond(first, extent, TAPS: tl.constexpr, DILATION: tl.constexpr):
 
 # GEMM_M: filters of one group.  GEMM_N: flat output pixels (n, p, q).  GEMM_K: (r, s, c).
 # Pointers and masks: for GPUs without tensor descriptors and for row pitches that they cannot address.
+# SPLITS programs share the depth of a tile, and fprop_finish adds what they leave in `parts`.
 @triton.jit
 def fprop_gather(
     x,  # pointer, any strides
     w,  # pointer, any strides
-    y,  # pointer, any strides
+    y,  # pointer, any strides; None with SPLITS
     bias,  # pointer to [GROUPS * K], or None
     seed,  # of dropout, as in fprop_box
+    parts,  # pointer to [tiles, SPLITS, BLOCK_K, PIXELS], or None
     N,
     H,
     W,
@@ -68,6 +70,7 @@ def fprop_gather(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SPLITS: tl.constexpr,  # 1 with FLAT
     FLAT: tl.constexpr,  # depth is (r, s, c) flattened: few channels would leave a block of c mostly empty
     TRANSPOSED: tl.constexpr,  # stride_wk is 1, else stride_wc
     UNIT_X: tl.constexpr,  # a power of two that divides the strides of x but its channels'
@@ -90,6 +93,10 @@ def fprop_gather(
     else:
         stride_wk = stride_wk // UNIT_W * UNIT_W
     t = tl.program_id(0)
+    if SPLITS > 1:
+        part = t % SPLITS
+        t = t // SPLITS
+        slot = parts + (t.to(tl.int64) * SPLITS + part) * (BLOCK_K * PIXELS)
     n_k = tl.cdiv(K, BLOCK_K)
     k0 = (t % n_k) * BLOCK_K
     t = t // n_k
@@ -142,14 +149,25 @@ def fprop_gather(
         if K % BLOCK_K != 0:
             rows_w = tl.broadcast_to(inside_k[:, None], (BLOCK_K, BLOCK_C))
         # The maximum, with a number below it, hides a constant: LLVM would unroll 9 or 18 steps whole, and ptxas spill.
-        steps = tl.maximum(R * S * tl.cdiv(C, BLOCK_C), -N)
+        N_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+        if SPLITS > 1:
+            SHARE: tl.constexpr = (R * S * N_C + SPLITS - 1) // SPLITS
+            begin = part * SHARE
+            steps = tl.maximum(tl.minimum(R * S * N_C - begin, SHARE), -N)
+        else:
+            steps = tl.maximum(R * S * N_C, -N)
         # The filters' offset is carried, as taps may lie backwards: c, s or r goes on, what is before it goes back.
         column = tl.cast(TAP_0, INDEX) * stride_wt
         next_c = tl.cast(BLOCK_C, INDEX) * stride_wc
-        back = next_c * (tl.cdiv(C, BLOCK_C) - 1)
+        back = next_c * (N_C - 1)
         next_s = tl.cast(TAP_S, INDEX) * stride_wt - back
         next_r = tl.cast(TAP_R - (S - 1) * TAP_S, INDEX) * stride_wt - back
         c, s, r = 0, 0, 0
+        if SPLITS > 1:
+            c = begin % N_C * BLOCK_C
+            s = begin // N_C % S
+            r = begin // N_C // S
+            column += tl.cast(c, INDEX) * stride_wc + tl.cast(r * TAP_R + s * TAP_S, INDEX) * stride_wt
         for _ in tl.range(0, steps):
             if IN_BITS:
                 inside = (beyond & ((1 << r) | ((1 << R) << s))) == 0
@@ -172,10 +190,13 @@ def fprop_gather(
                 acc += dot_parts(w_at, inside_w, stride_wp, x_at, inside_x, x_part, PARTS, ACC)
             c, s, r = next_tap(c, s, r, 0, S, C, BLOCK_C)
             column += tl.where(c > 0, next_c, tl.where(s > 0, next_s, next_r))
-    acc = finished(acc, bias, seed, g, k, n, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
-    pixel_y = n * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
-    rows = (g * K + k).to(tl.int64) * stride_yk
-    tl.store(y + rows[:, None] + pixel_y[None, :], acc.to(OUT), mask=inside_k[:, None] & inside_y[None, :])
+    if SPLITS > 1:
+        tl.store(slot + (tl.arange(0, BLOCK_K) * PIXELS)[:, None] + tl.arange(0, PIXELS)[None, :], acc)
+    else:
+        acc = finished(acc, bias, seed, g, k, n, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
+        pixel_y = n * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
+        rows = (g * K + k).to(tl.int64) * stride_yk
+        tl.store(y + rows[:, None] + pixel_y[None, :], acc.to(OUT), mask=inside_k[:, None] & inside_y[None, :])
 
 
 @triton.jit

@@ -120,7 +120,7 @@ def _plan_product(
         "OUT": TRITON_TYPE[y.dtype], "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
     if tile.formulation == "gather":
-        return [_plan_gather(problem, filters, tile, x, w, y, common)]
+        return _plan_gather(problem, filters, tile, x, w, y, common, gpu)
     if cost.filters_turned(tile, pass_, y.dtype, precision, gpu):
         assert turned is not None
         w, filters = turned, replace(filters, transposed=False)
@@ -323,10 +323,7 @@ def _plan_box(
     last = min(tile.tail or programs, programs)
     shared = last if tile.splits > 1 else 0
     narrow = last if tile.narrow else 0
-    parts = None
-    if shared:
-        shape = (shared, tile.splits, tile.rows, tile.pixels)
-        parts = scratch(torch.empty(shape, dtype=layout.sum_dtype(y.dtype), device=y.device))
+    parts = _partial_sums(tile, shared, y)
     where = {"FULL": programs - shared - narrow, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
              "BOX_W": tile.box[2], "SHIFT": int(tile.shift)}  # fmt: skip
     image, half = for_descriptor(x, planes), tile.half_box
@@ -350,6 +347,14 @@ def _plan_box(
     return [first] if parts is None else [first, _plan_finish(tile, parts, y, common | where, gpu)]
 
 
+def _partial_sums(tile: ConvTile, shared: int, y: torch.Tensor) -> torch.Tensor | None:
+    """[tiles, splits, filters, pixels] for what the programs of `shared` tiles leave; None if there are none."""
+    if not shared:
+        return None
+    shape = (shared, tile.splits, tile.rows, tile.pixels)
+    return scratch(torch.empty(shape, dtype=layout.sum_dtype(y.dtype), device=y.device))
+
+
 def _plan_finish(tile: ConvTile, parts: torch.Tensor, y: torch.Tensor, known: dict[str, Any], gpu: GPU) -> Launch:
     """The launch that adds the parts of shared tiles and finishes them as a whole tile would."""
     block_k = math.gcd(tile.filters, 1024 if gpu.interprets else 64)
@@ -357,21 +362,24 @@ def _plan_finish(tile: ConvTile, parts: torch.Tensor, y: torch.Tensor, known: di
     names = ("bias", "FULL", "N", "P", "Q", "K", "stride_yn", "stride_yp", "stride_yq", "stride_yk", "GROUPS", "SPLITS",
              "HAS_BIAS", "ACTIVATION", "OUT", "BOX_N", "BOX_H", "BOX_W", "SHIFT", *NO_DROPOUT)  # fmt: skip
     arguments = {name: known[name] for name in names}
-    arguments |= {"parts": parts, "y": y, "ROWS": tile.rows, "BLOCK_K": block_k, "BLOCK_P": block_p}
+    arguments |= {"parts": parts, "y": y, "ROWS": tile.rows, "COUNTED": tile.formulation == "gather",
+                  "BLOCK_K": block_k, "BLOCK_P": block_p}  # fmt: skip
     programs = parts.shape[0] * (tile.rows // block_k) * (tile.pixels // block_p)
     return Launch(device.fprop_finish, (programs,), arguments, 4, 1, f"{block_k}x{block_p}")
 
 
 def _plan_gather(
     problem: Conv2dProblem, filters: Filters, tile: ConvTile,
-    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any],
-) -> Launch:  # fmt: skip
+    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any], gpu: GPU,
+) -> list[Launch]:  # fmt: skip
     matrix = _filter_matrix(w)
     channels = w.shape[1]
     pitch = matrix.stride(0)
     rows, depth = (1, pitch) if filters.transposed else (pitch, 1)
+    programs = tile.boxes(problem) * problem.groups * triton.cdiv(problem.group_filters, tile.block_k)
+    parts = _partial_sums(tile, programs if tile.splits > 1 else 0, y)
     arguments = {
-        "x": x, "w": matrix, "y": y,
+        "x": x, "w": matrix, "y": y, "parts": parts, "SPLITS": tile.splits,
         **strides("x", x, "nchw"),
         "stride_wg": w.shape[0] // problem.groups * pitch, "stride_wk": rows, "stride_wt": channels,
         "stride_wp": channels // common["PARTS"], "stride_wc": depth, "STRIDE_H": problem.stride[0],
@@ -379,9 +387,14 @@ def _plan_gather(
         "TRANSPOSED": filters.transposed, "UNIT_X": _unit(*_row_strides(x)),
         "UNIT_W": _unit(channels // common["PARTS"]), "UNIT_Y": _unit(*_row_strides(y)),
     }  # fmt: skip
-    pixels = problem.N * problem.P * problem.Q
-    programs = triton.cdiv(pixels, tile.pixels) * problem.groups * triton.cdiv(problem.group_filters, tile.block_k)
-    return Launch(conv_gather.fprop_gather, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))
+    if parts is not None:  # fprop_finish writes, and drops
+        arguments |= {"y": None, **NO_DROPOUT}
+    programs *= tile.splits
+    first = Launch(conv_gather.fprop_gather, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))
+    if parts is None:
+        return [first]
+    where = {"FULL": 0, "SPLITS": tile.splits, "BOX_N": tile.pixels, "BOX_H": 1, "BOX_W": 1, "SHIFT": 0}
+    return [first, _plan_finish(tile, parts, y, common | where, gpu)]
 
 
 def _row_strides(image: torch.Tensor) -> tuple[int, ...]:
