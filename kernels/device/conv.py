@@ -383,11 +383,8 @@ def fprop_finish(
         k0, g, n, p, q = box_origin(FULL + t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W + SHIFT, NEXT_K)
     slot = parts + t.to(tl.int64) * (SPLITS * ROWS * PIXELS)
     acc = tl.zeros((BLOCK_K, BLOCK_P), parts.dtype.element_ty)
-    at = slot + (row * PIXELS)[:, None] + i[None, :]
-    # By copies that run ahead: ptxas puts one plain load after the other, each behind the sum of the one before it.
-    for _ in tl.range(0, SPLITS, num_stages=4):
-        acc += tl.load(at)
-        at += ROWS * PIXELS
+    for part in tl.range(SPLITS):
+        acc += tl.load(slot + part * (ROWS * PIXELS) + (row * PIXELS)[:, None] + i[None, :])
     k = k0 + row
     if SHIFT:  # the rows of the second product are those of the first, one column on
         second = block % (ROWS // BLOCK_K) * BLOCK_K // NEXT_K

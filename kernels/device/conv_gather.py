@@ -25,7 +25,7 @@ def _taps_beyond(first, extent, TAPS: tl.constexpr, DILATION: tl.constexpr):
 # GEMM_M: filters of one group.  GEMM_N: flat output pixels (n, p, q).  GEMM_K: (r, s, c).
 # Pointers and masks: for GPUs without tensor descriptors and for row pitches that they cannot address.
 # SPLITS programs share the depth of a tile, and fprop_finish adds what they leave in `parts`.
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # of one image N would be a constant, and with it the number of steps
 def fprop_gather(
     x,  # pointer, any strides
     w,  # pointer, any strides
@@ -148,14 +148,14 @@ def fprop_gather(
         rows_w = tl.full((BLOCK_K, BLOCK_C), True, tl.int1)
         if K % BLOCK_K != 0:
             rows_w = tl.broadcast_to(inside_k[:, None], (BLOCK_K, BLOCK_C))
-        # The maximum, with a number below it, hides a constant: LLVM would unroll 9 or 18 steps whole, and ptxas spill.
         N_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+        SHARE: tl.constexpr = (R * S * N_C + SPLITS - 1) // SPLITS
+        steps = SHARE
         if SPLITS > 1:
-            SHARE: tl.constexpr = (R * S * N_C + SPLITS - 1) // SPLITS
             begin = part * SHARE
-            steps = tl.maximum(tl.minimum(R * S * N_C - begin, SHARE), -N)
-        else:
-            steps = tl.maximum(R * S * N_C, -N)
+            steps = tl.minimum(R * S * N_C - begin, SHARE)  # below 1 of a program that finds none left
+        # The maximum, with a number below it, hides a constant: LLVM would unroll 9 or 18 steps whole, and ptxas spill.
+        steps = tl.maximum(steps, -N)
         # The filters' offset is carried, as taps may lie backwards: c, s or r goes on, what is before it goes back.
         column = tl.cast(TAP_0, INDEX) * stride_wt
         next_c = tl.cast(BLOCK_C, INDEX) * stride_wc
