@@ -46,6 +46,8 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
         size = tile.rows * (tile.channels * tile.taps if wgrad else tile.pixels + tile.pixels // 2 * tile.half)
         if tile.formulation == "gather":  # a step's products have a sum of their own before they are added
             most = (4096 if wgrad else 8192) // (1 if wide else 2)
+            if precision == "bf16x6" and tile.splits > 1 and not wgrad:
+                most = 2048  # shared, 4096 sums of three parts spill 8 bytes
             if size <= most and (tile.pixels if wgrad else tile.block_c) <= 32:  # steps of 64 spill
                 found.append(replace(tile, num_warps=8) if size > 4096 or wgrad or not wide else tile)
             continue
@@ -170,13 +172,20 @@ def _covered(problem: Conv2dProblem, box: tuple[int, int, int]) -> int:
 
 
 def _shared_depth(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[ConvTile]:
-    """The tile with its depth shared: everywhere, or by descriptors where the last wave would leave most SMs idle."""
+    """The tile with its depth shared: everywhere, or in boxes where the last wave would leave most SMs idle.
+
+    By pointers where there are no descriptors alone: compiled for sm_90, 128 x 32 sums of fp16 spill 8 bytes, gradients
+    of 64 x 128 sums of fp32 16.
+    """
+    by_pointers = tile.formulation == "gather"
+    if by_pointers and (gpu.has_descriptors or tile.flat):
+        return []
     programs = tile.boxes(problem) * problem.groups * -(-problem.group_filters // tile.filters)
     steps = problem.taps * -(-problem.group_channels // tile.block_c)
     tail = programs % gpu.sms
     found = [replace(tile, splits=splits) for splits in (2, 3, 4, 6, 8, 12, 16, 24, 32)
              if steps >= 4 * splits and programs * splits <= 4 * gpu.sms]  # fmt: skip
-    if tail and programs > gpu.sms and tile.formulation != "gather":
+    if tail and programs > gpu.sms and not by_pointers:
         found += [replace(tile, splits=splits, tail=tail) for splits in (2, 3, 4, 6) if steps >= 4 * splits]
         if tile.block_k2 and not tile.shift:
             found.append(replace(tile, tail=tail))
@@ -319,7 +328,9 @@ def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
             found += [(256, 64, depth, 8), (128, 256, depth, 8), (256, 128, depth, 8)]
     tiles = [ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, stages)
              for pixels, block_k, block_c, warps in found]  # fmt: skip
-    return tiles + [one for tile in tiles for one in _shared_depth(problem, tile, gpu)]
+    # Compiled for sm_86 and sm_89, shared gradients of 128 x 64 sums and 4-byte operands spill 8 bytes.
+    spill = [tile for tile in tiles if pass_ == "dgrad" and dtype.itemsize == 4 and tile.num_warps == 8]
+    return tiles + [one for tile in tiles if tile not in spill for one in _shared_depth(problem, tile, gpu)]
 
 
 def _wide(problem: Conv2dProblem, dtype: torch.dtype) -> bool:
@@ -414,5 +425,6 @@ def _scalar_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
     found = [tile for tile in found if tile.block_k <= max(64, power_of_two(problem.group_filters))]
     if wgrad:
         return [replace(tile, splits=splits) for tile in found for splits in _splits(problem, tile, gpu)]
-    shared = [one for tile in found if not tile.flat for one in _shared_depth(problem, tile, gpu)]
-    return found + shared
+    # Shared, 64 x 64 sums of elements that come one by one spill 8 bytes.
+    large = [tile for tile in found if tile.formulation == "gather" and narrow and tile.block_k == 64]
+    return found + [one for tile in found if tile not in large for one in _shared_depth(problem, tile, gpu)]

@@ -162,12 +162,17 @@ def fprop_gather(
         back = next_c * (N_C - 1)
         next_s = tl.cast(TAP_S, INDEX) * stride_wt - back
         next_r = tl.cast(TAP_R - (S - 1) * TAP_S, INDEX) * stride_wt - back
-        c, s, r = 0, 0, 0
+        c, s, r, left = 0, 0, 0, C
         if SPLITS > 1:
-            c = begin % N_C * BLOCK_C
-            s = begin // N_C % S
-            r = begin // N_C // S
-            column += tl.cast(c, INDEX) * stride_wc + tl.cast(r * TAP_R + s * TAP_S, INDEX) * stride_wt
+            if R * S > 1:
+                c = begin % N_C * BLOCK_C
+                s = begin // N_C % S
+                r = begin // N_C // S
+                column += tl.cast(c, INDEX) * stride_wc + tl.cast(r * TAP_R + s * TAP_S, INDEX) * stride_wt
+            else:  # counters that begin at zero take 15 instructions a step less
+                x_ptrs += tl.cast(begin * BLOCK_C, INDEX) * stride_xc
+                w_ptrs += tl.cast(begin * BLOCK_C, INDEX) * stride_wc
+                left = C - begin * BLOCK_C
         for _ in tl.range(0, steps):
             if IN_BITS:
                 inside = (beyond & ((1 << r) | ((1 << R) << s))) == 0
@@ -180,7 +185,7 @@ def fprop_gather(
             inside_x = tl.broadcast_to(inside[:, None], (PIXELS, BLOCK_C))
             inside_w = rows_w
             if C % BLOCK_C != 0:
-                inside_c = d < C - c
+                inside_c = d < left - c
                 inside_x, inside_w = inside_x & inside_c[None, :], inside_w & inside_c[None, :]
             if PARTS == 1:
                 pixels = tl.load(x_at, mask=inside_x, other=0.0)
@@ -188,8 +193,12 @@ def fprop_gather(
                 acc = tl.dot(filters, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
             else:
                 acc += dot_parts(w_at, inside_w, stride_wp, x_at, inside_x, x_part, PARTS, ACC)
-            c, s, r = next_tap(c, s, r, 0, S, C, BLOCK_C)
-            column += tl.where(c > 0, next_c, tl.where(s > 0, next_s, next_r))
+            if R * S > 1:
+                c, s, r = next_tap(c, s, r, 0, S, C, BLOCK_C)
+                column += tl.where(c > 0, next_c, tl.where(s > 0, next_s, next_r))
+            else:
+                c += BLOCK_C
+                column += next_c
     if SPLITS > 1:
         tl.store(slot + (tl.arange(0, BLOCK_K) * PIXELS)[:, None] + tl.arange(0, PIXELS)[None, :], acc)
     else:
