@@ -328,9 +328,9 @@ def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
             found += [(256, 64, depth, 8), (128, 256, depth, 8), (256, 128, depth, 8)]
     tiles = [ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, stages)
              for pixels, block_k, block_c, warps in found]  # fmt: skip
-    # Compiled for sm_86 and sm_89, shared gradients of 128 x 64 sums and 4-byte operands spill 8 bytes.
-    spill = [tile for tile in tiles if pass_ == "dgrad" and dtype.itemsize == 4 and tile.num_warps == 8]
-    return tiles + [one for tile in tiles if tile not in spill for one in _shared_depth(problem, tile, gpu)]
+    alone = (128, 64, 8) if pass_ == "dgrad" and dtype.itemsize == 4 else None  # shared, they spill 8 bytes for sm_86
+    shared = [tile for tile in tiles if (tile.pixels, tile.block_k, tile.num_warps) != alone]
+    return tiles + [one for tile in shared for one in _shared_depth(problem, tile, gpu)]
 
 
 def _wide(problem: Conv2dProblem, dtype: torch.dtype) -> bool:

@@ -192,20 +192,17 @@ def ranked(
 
     Of equals (DRAM bounds many) that which the SMs alone would be quickest with, then that with fewest instructions.
     """
-    costs = {
-        tile: _cost(tile, problem, pass_, dtype, precision, gpu)
-        for tile in _valid(problem, pass_, formulation, dtype, precision, gpu)
-    }
-    found = sorted(costs, key=lambda tile: costs[tile])
-    if pass_ == "wgrad" or all(tile.formulation != "gather" or tile.splits == 1 for tile in found):
+    valid = _valid(problem, pass_, formulation, dtype, precision, gpu)
+    found = sorted(valid, key=lambda tile: _cost(tile, problem, pass_, dtype, precision, gpu))
+    whole = next((tile for tile in found if tile.formulation == "gather" and tile.splits == 1), None)
+    if pass_ == "wgrad" or whole is None:
         return found
 
     # By pointers a second kernel has to be worth it in time, not in power alone.
     def us(tile: ConvTile) -> float:
         return cost.predict(problem, pass_, tile, dtype, precision, gpu).modelled_us
 
-    whole = next((tile for tile in found if tile.formulation == "gather" and tile.splits == 1), None)
-    most = 0.95 * us(whole) if whole else math.inf
+    most = 0.95 * us(whole)
     return [tile for tile in found if tile.formulation != "gather" or tile.splits == 1 or us(tile) < most]
 
 

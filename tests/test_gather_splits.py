@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -21,9 +22,11 @@ INTERPRETER = hardware.INTERPRETER
 SMALL: dict[str, Any] = {"formulation": "gather", "box": (16, 1, 1), "block_k": 16, "block_c": 16, "flat": False}
 
 
-def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """NaN in an image whose rows and columns lie apart."""
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, contiguous: bool) -> Tensor:
+    """NaN in an image, contiguous or with rows and columns that lie apart."""
     n, c, h, w = shape
+    if contiguous:
+        return torch.full(shape, torch.nan, dtype=dtype)
     return torch.full((n, 2 * h, 3 * w, c), torch.nan, dtype=dtype).permute(0, 3, 1, 2)[:, :, ::2, ::3]
 
 
@@ -36,38 +39,56 @@ def run(launches: list[Any], scratch: list[Tensor]) -> list[str]:
 
 
 @pytest.mark.skipif(not hardware.interpreting(), reason="plans for Triton's interpreter")
-@pytest.mark.parametrize(
-    ("dtype", "precision", "groups", "splits", "allowed"),
-    [
-        (torch.float32, "ieee", 1, 7, 1e-6),  # 18 steps in shares of three: the last has none
-        (torch.float16, "ieee", 2, 4, 1e-3),
-        (torch.float64, "ieee", 2, 9, 1e-15),  # 12 steps in shares of two: the last three have none
-        (torch.float32, "bf16x6", 1, 5, 1e-6),
-    ],
-    ids=["fp32", "fp16", "fp64", "bf16x6"],
-)
-def test_numbers_against_float64(dtype: torch.dtype, precision: str, groups: int, splits: int, allowed: float) -> None:
-    problem = Conv2dProblem(2, 40, 5, 4, 26, 3, 2, (2, 1), ((1, 1), (1, 1)), groups=groups)
-    x, w, dy = (torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+@dataclass(frozen=True)
+class Sum:
+    """A convolution [2, 40, 5, 4] -> 26 filters of `window`, and how far the largest number may be off."""
+
+    dtype: torch.dtype
+    splits: int
+    allowed: float
+    precision: str = "ieee"
+    groups: int = 1
+    window: tuple[int, int] = (3, 2)
+    stride: tuple[int, int] = (2, 1)
+    contiguous: bool = False
+
+
+SUMS = {
+    "fp32, 18 steps in shares of 3: the last has none": Sum(torch.float32, 7, 1e-6),
+    "fp16 in groups": Sum(torch.float16, 4, 1e-3, groups=2),
+    "fp64, 12 steps in shares of 2: the last three have none": Sum(torch.float64, 9, 1e-15, groups=2),
+    "bf16x6": Sum(torch.float32, 5, 1e-6, "bf16x6"),
+    "fp32 of one tap, contiguous": Sum(torch.float32, 2, 1e-6, window=(1, 1), stride=(1, 1), contiguous=True),
+    "bf16x3 of one tap, fewer steps than programs": Sum(torch.float32, 4, 1e-4, "bf16x3", window=(1, 1)),
+}
+
+
+@pytest.mark.skipif(not hardware.interpreting(), reason="plans for Triton's interpreter")
+@pytest.mark.parametrize("case", SUMS.values(), ids=SUMS.keys())
+def test_numbers_against_float64(case: Sum) -> None:
+    pad = tuple((extent // 2, extent // 2) for extent in case.window)
+    problem = Conv2dProblem(2, 40, 5, 4, 26, *case.window, case.stride, pad, groups=case.groups)  # type: ignore[arg-type]
+    x, w, dy = (torch.randn(shape).to(case.dtype).contiguous(memory_format=torch.channels_last)
                 for shape in (problem.x_shape, problem.w_shape, problem.y_shape))  # fmt: skip
-    bias = torch.randn(problem.K).to(dtype)
-    y, dx = poisoned(problem.y_shape, dtype), poisoned(problem.x_shape, dtype)
-    settings: dict[str, Any] = {"gpu": INTERPRETER, "precision": precision}
-    with tiles.override(**SMALL, splits=splits):
+    bias = torch.randn(problem.K).to(case.dtype)
+    y, dx = (poisoned(shape, case.dtype, case.contiguous) for shape in (problem.y_shape, problem.x_shape))
+    settings: dict[str, Any] = {"gpu": INTERPRETER, "precision": case.precision}
+    with tiles.override(**SMALL, splits=case.splits):
         with plans.allocations() as scratch:
             launches = launch_conv.plan_fprop(problem, x, w, bias, y, activation="relu", **settings)
-        assert run(launches, scratch)[-2:] == ["fprop_gather", "fprop_finish"]
+        assert run(launches, scratch).count("fprop_finish") == 1
         with plans.allocations() as scratch:
             launches = launch_conv.plan_dgrad(problem, dy, w, dx, **settings)
-        assert run(launches, scratch)[-4:] == ["fprop_gather", "fprop_finish"] * 2, "a residue after the other"
-    exact = F.relu(F.conv2d(x.double(), w.double(), bias.double(), (2, 1), 1, 1, groups))
-    gradient = reference.conv2d_dgrad(dy, w, problem.x_shape, (2, 1), ((1, 1), (1, 1)), 1, groups)
+        assert run(launches, scratch).count("fprop_finish") == len(problem.dgrad), "one for each residue"
+    exact = F.relu(F.conv2d(x.double(), w.double(), bias.double(), case.stride, [p for p, _ in pad], 1, case.groups))
+    gradient = reference.conv2d_dgrad(dy, w, problem.x_shape, case.stride, pad, 1, case.groups)  # type: ignore[arg-type]
     for what, ours, want in (("y", y, exact), ("dx", dx, gradient)):
         error = reference.error(ours, want)
-        assert error <= allowed * want.abs().max().item(), f"{what}: error {error:.3g}"
-    around = torch.as_strided(y, (y.shape[0], 2 * y.shape[2], 3 * y.shape[3], y.shape[1]),
-                              (y.stride(0), y.stride(2) // 2, y.stride(3) // 3, 1))  # fmt: skip
-    assert around[:, 1::2].isnan().all() and around[:, :, 1::3].isnan().all(), "written beside the output"
+        assert error <= case.allowed * want.abs().max().item(), f"{what}: error {error:.3g}"
+    if not case.contiguous:
+        around = torch.as_strided(y, (y.shape[0], 2 * y.shape[2], 3 * y.shape[3], y.shape[1]),
+                                  (y.stride(0), y.stride(2) // 2, y.stride(3) // 3, 1))  # fmt: skip
+        assert around[:, 1::2].isnan().all() and around[:, :, 1::3].isnan().all(), "written beside the output"
 
 
 @pytest.mark.skipif(not hardware.interpreting(), reason="small tiles for Triton's interpreter")
@@ -134,3 +155,21 @@ def test_on_sm_80_the_batch_does_not_decide_the_order_of_a_sum(name: str) -> Non
         for batch in (1, 2, 7, 32, 128, 300)
     }  # fmt: skip
     assert len(chosen) == 1
+
+
+def finish(name: str, batch: int) -> Any:
+    """The kernel that adds what the programs of a layer leave on an A100, where three of them share each tile."""
+    problem = replace(LAYERS[name], N=batch)
+    x, w, y = (torch.empty(shape, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+               for shape in (problem.x_shape, problem.w_shape, problem.y_shape))  # fmt: skip
+    with tiles.override(formulation="gather", box=(64, 1, 1), block_k=64, splits=3):
+        return launch_conv.plan_fprop(problem, x, w, None, y, gpu=hardware.GPUS["A100"])[-1]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_few_outputs_are_finished_in_smaller_blocks(name: str) -> None:
+    few, many = finish(name, 1), finish(name, 256)
+    outputs = few.arguments["BLOCK_K"] * few.arguments["BLOCK_P"]
+    assert few.grid[0] >= 0.8 * hardware.GPUS["A100"].sms
+    assert few.grid[0] * outputs >= math.prod(LAYERS[name].y_shape)
+    assert name == "fc8" or many.arguments["BLOCK_K"] > few.arguments["BLOCK_K"]
