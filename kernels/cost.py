@@ -267,8 +267,8 @@ def predict(
     if shared_ctas:
         moved = slices + finished
         finish = 1e6 * moved / (0.6 * gpu.l2 if moved < 40e6 else gpu.dram * DRAM_LOAD)
-        if tile.formulation == "gather" and pass_ != "wgrad":  # of few tiles: four parts are on their way at a time
-            finish = max(finish, 1e6 * LOAD_CYCLES / gpu.clock * math.ceil(tile.splits / 4))
+        if tile.formulation == "gather" and pass_ != "wgrad":  # of few tiles: three parts are on their way at a time
+            finish = max(finish, 1e6 * LOAD_CYCLES / gpu.clock * math.ceil(tile.splits / 3))
         finish += LAUNCH_US
     least = problem.bytes_least(item)
     moved = least * products * read_type.itemsize // item  # parts are more than one pass's share of L2: each time anew

@@ -163,13 +163,16 @@ def fprop_gather(
         next_s = tl.cast(TAP_S, INDEX) * stride_wt - back
         next_r = tl.cast(TAP_R - (S - 1) * TAP_S, INDEX) * stride_wt - back
         c, s, r, left = 0, 0, 0, C
+        # Counters that begin at zero take 15 instructions a step less: of one tap it is the operands that move instead.
+        # Some of its shares spill otherwise (sm_80), and some of its whole tiles if they count no taps (sm_120).
+        COUNT_TAPS: tl.constexpr = SPLITS == 1 or R * S > 1
         if SPLITS > 1:
-            if R * S > 1:
+            if COUNT_TAPS:
                 c = begin % N_C * BLOCK_C
                 s = begin // N_C % S
                 r = begin // N_C // S
                 column += tl.cast(c, INDEX) * stride_wc + tl.cast(r * TAP_R + s * TAP_S, INDEX) * stride_wt
-            else:  # counters that begin at zero take 15 instructions a step less
+            else:
                 x_ptrs += tl.cast(begin * BLOCK_C, INDEX) * stride_xc
                 w_ptrs += tl.cast(begin * BLOCK_C, INDEX) * stride_wc
                 left = C - begin * BLOCK_C
@@ -193,7 +196,7 @@ def fprop_gather(
                 acc = tl.dot(filters, pixels.T, acc, input_precision=PRECISION, out_dtype=ACC)
             else:
                 acc += dot_parts(w_at, inside_w, stride_wp, x_at, inside_x, x_part, PARTS, ACC)
-            if R * S > 1:
+            if COUNT_TAPS:
                 c, s, r = next_tap(c, s, r, 0, S, C, BLOCK_C)
                 column += tl.where(c > 0, next_c, tl.where(s > 0, next_s, next_r))
             else:

@@ -358,8 +358,8 @@ def _partial_sums(tile: ConvTile, shared: int, y: torch.Tensor) -> torch.Tensor 
 def _plan_finish(tile: ConvTile, parts: torch.Tensor, y: torch.Tensor, known: dict[str, Any], gpu: GPU) -> Launch:
     """The launch that adds the parts of shared tiles and finishes them as a whole tile would."""
     block_p = tile.pixels if gpu.interprets else min(tile.pixels, 32)
-    # Of few outputs blocks of four a thread: more SMs take part, and as compiled four parts are on their way at a time,
-    # where of sixteen a thread it is one.
+    # Of few outputs blocks of four a thread: more SMs take part, and as compiled three to six parts are on their way at
+    # a time, where of sixteen a thread it is one.
     few = parts.numel() // tile.splits < 4 * gpu.sms * 64 * block_p
     block_k = math.gcd(tile.filters, 1024 if gpu.interprets else 16 if few else 64)
     names = ("bias", "FULL", "N", "P", "Q", "K", "stride_yn", "stride_yp", "stride_yq", "stride_yk", "GROUPS", "SPLITS",
