@@ -161,8 +161,8 @@ def give_the_same_bits(
     found = []
     for pinned in (False, True):
         tile, cells = tiles(pinned)
-        y, switch, dx = (poisoned(shape, kind).contiguous(memory_format=memory) for shape, kind in
-                         ((problem.y_shape, dtype), (problem.y_shape, torch.uint8), (problem.x_shape, dtype)))  # fmt: skip
+        shapes = (problem.y_shape, dtype), (problem.y_shape, torch.uint8), (problem.x_shape, dtype)
+        y, switch, dx = (poisoned(*each).contiguous(memory_format=memory) for each in shapes)
         forward = pool.plan_max_forward(problem, x, y, switch, gpu=gpu, activation=activation, strips=tile)
         forward.run()
         backward = pool.plan_max_backward(problem, dy, switch, y if masked else None, dx, gpu=gpu, strips=cells)
@@ -177,7 +177,7 @@ def give_the_same_bits(
     assert torch.equal(y.nan_to_num(), (want.relu() if masked else want).nan_to_num())
 
 
-# Windows that overlap, with (long of outputs, of cells, lanes): columns end at or beyond the edge, planes inside programs.
+# Windows that overlap, with (long of outputs, of cells, lanes), and ReLU or not: planes end inside programs.
 PLANES: dict[str, tuple[Pool2dProblem, torch.dtype, tuple[int, int, int], bool]] = {
     "fp16": (Pool2dProblem(2, 3, 13, 7, (3, 3), (2, 2)), torch.float16, (4, 3, 8), False),
     "bf16, padded, relu": (Pool2dProblem(1, 3, 9, 8, (3, 3), (2, 2), (1, 1)), torch.bfloat16, (3, 5, 8), True),
@@ -202,8 +202,8 @@ def test_columns_of_planes_are_for_whole_contiguous_images() -> None:
     gpu, problem = hardware.GPUS["H100"], Pool2dProblem(8, 64, 27, 27, (3, 3), (2, 2))
     x, y = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in (problem.x_shape, problem.y_shape))
     switch = y.to(torch.uint8)
-    for image, grad, planes in ((x, y, True), (x.to(memory_format=CHANNELS_LAST), y, False),
-                                (x.new_empty(8, 128, 27, 27)[:, ::2], y[:, :, :, :1].expand(y.shape), False)):  # fmt: skip
+    slices = x.new_empty(8, 128, 27, 27)[:, ::2], y[:, :, :, :1].expand(y.shape)
+    for image, grad, planes in ((x, y, True), (x.to(memory_format=CHANNELS_LAST), y, False), (*slices, False)):
         forward = pool.plan_max_forward(problem, image, y, switch, gpu=gpu)
         backward = pool.plan_max_backward(problem, grad, switch, None, image, gpu=gpu)
         assert forward.kernel.__name__.endswith("_planes") == backward.kernel.__name__.endswith("_planes") == planes

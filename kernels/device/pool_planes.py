@@ -27,12 +27,9 @@ def _column(program, POSITIONS, COLUMNS: tl.constexpr, BEFORE: tl.constexpr, AFT
 @triton.jit
 def _of_lane(value, lane):
     # A shuffle, where one warp has all lanes.
-    if value.dtype.primitive_bitwidth == 16:
-        return tl.gather(value.to(tl.int16, bitcast=True).to(tl.int32), lane, 0).to(tl.int16).to(
-            value.dtype, bitcast=True
-        )
-    else:
-        return tl.gather(value.to(tl.int32, bitcast=True), lane, 0).to(value.dtype, bitcast=True)
+    WHOLE: tl.constexpr = tl.int16 if value.dtype.primitive_bitwidth == 16 else tl.int32
+    beside = tl.gather(value.to(WHOLE, bitcast=True).to(tl.int32), lane, 0)
+    return beside.to(WHOLE).to(value.dtype, bitcast=True)
 
 
 @triton.jit
@@ -72,7 +69,7 @@ def max_forward_planes(
     y,
     switch,  # or None
     POSITIONS,  # columns of all planes
-    H: tl.constexpr,  # constant, so that rows are at constant distances: a fourth of the instructions
+    H: tl.constexpr,  # constant, so that rows are at constant distances: else a third more instructions
     W: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,

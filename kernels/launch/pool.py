@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from tileconv.kernels import conv_tile, plane_tiles, strip_tiles, tiles
 from tileconv.kernels.device import average, pool_planes, pool_strips, selection
@@ -297,6 +298,8 @@ def _in_planes(
         "POSITIONS": positions, "INDEX": index_type(*images), "COLUMNS": columns, "LANES": tile.lanes,
         "LONG": tile.long, "STRIPS": strips,
     }  # fmt: skip
+    if positions >= 1 << 30:  # planes of a pixel or two have more columns than pixels
+        arguments["INDEX"] = tl.int64
     programs = triton.cdiv(positions, tile.lanes - plane_tiles.shared(problem)) * strips
     return Launch(kernel, (programs,), arguments, tile.num_warps, 1, str(tile))
 
