@@ -8,7 +8,6 @@ from functools import lru_cache
 import torch
 
 from tileconv.kernels import strip_tiles
-from tileconv.kernels.conv_tile import power_of_two
 from tileconv.kernels.geometry import Pool2dProblem
 from tileconv.kernels.hardware import GPU
 
@@ -47,13 +46,6 @@ def shared(problem: Pool2dProblem) -> int:
     return (problem.kernel[1] - 1) // problem.stride[1]
 
 
-def plane_tile(problem: Pool2dProblem, gpu: GPU, long: int) -> PlaneTile:
-    """The tile with columns of that length."""
-    if gpu.interprets:  # few programs, large blocks
-        return PlaneTile(long, min(4096, power_of_two(problem.N * problem.C * (problem.W + shared(problem)))))
-    return PlaneTile(long)
-
-
 @lru_cache(maxsize=4096)
 def choose_planes(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> PlaneTile | None:
     """The length with which schedulers have least to issue, of equals the longest.
@@ -64,10 +56,10 @@ def choose_planes(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: G
         return None
     lines = problem.P if pass_ == "forward" else strip_tiles.cells(problem)[0]
     longest = max(1, MOST_COMPARISONS // problem.taps)
-    across = -(-problem.N * problem.C * columns(problem, pass_) // (32 - shared(problem)))
+    across = -(-problem.N * problem.C * columns(problem, pass_) // (PlaneTile.lanes - shared(problem)))
 
     def steps(long: int) -> int:
         return -(-across * -(-lines // long) // (4 * gpu.sms)) * (long + STEPS_TO_START)
 
     longs = sorted({-(-lines // strips) for strips in range(1, lines + 1)}, reverse=True)
-    return plane_tile(problem, gpu, min((long for long in longs if long <= longest), key=steps))
+    return PlaneTile(min((long for long in longs if long <= longest), key=steps))
