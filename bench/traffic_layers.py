@@ -68,6 +68,43 @@ def _max_backward_strips(a: Arguments) -> Traffic:
     return windows_once(a, windows)
 
 
+def _columns_shared(a: Arguments, before: int, after: int) -> list[int]:
+    """Of lanes that programs have beside their own columns, `before` and `after` these: the columns of their planes."""
+    step, end = a["LANES"] - before - after, a["POSITIONS"]
+    beside = [(first - back) for first in range(step, end, step) for back in range(1, before + 1)]
+    beside += [first + more for first in range(step, end, step) for more in range(after) if first + more < end]
+    return [position % a["COLUMNS"] for position in beside]
+
+
+def _max_forward_planes(a: Arguments) -> Traffic:
+    """Every pixel under a column of outputs once, and once more what the next program's first windows hold."""
+    (outputs, window, stride, pad, _, extent), (Q, S, step, pad_w, _, W) = _axes(a)
+    end = min(extent, (outputs - 1) * stride - pad + window)
+    starts = range(-pad, a["STRIPS"] * a["LONG"] * stride - pad, a["LONG"] * stride)
+    rows = sum(clip(start, (a["LONG"] - 1) * stride + window, end) for start in starts)
+    limit = min(W, (Q - 1) * step - pad_w + S)
+    # Of its own columns a lane loads for itself those that no lane beside asks for: only where it has a window.
+    asked = [clip(q * step - pad_w, max(0, min(step, S - step)), limit) for q in range(a["COLUMNS"])]
+    whole = [clip(q * step - pad_w, min(step, S), limit) for q in range(Q)] + asked[Q:]
+    planes, size = _planes(a["x"]), itemsize(a["x"])
+    beside = sum(asked[q] for q in _columns_shared(a, 0, (S - 1) // step))
+    written = planes * outputs * Q * (itemsize(a["y"]) + (itemsize(a["switch"]) if a["HAS_SWITCH"] else 0))
+    read = (planes * sum(whole) + beside) * rows * size
+    return Traffic(read, written, planes * _met(a)[1] * size + written)
+
+
+def _max_backward_planes(a: Arguments) -> Traffic:
+    """The windows over each column of cells, each loaded once for the column, and once more for the next program's."""
+    (P, R, stride, *_), (Q, S, step, *_) = _axes(a)
+    before, planes = (R - 1) // stride, _planes(a["dx"])
+    firsts = range(0, a["STRIPS"] * a["LONG"], a["LONG"])
+    rows = sum(clip(first - before, a["LONG"] + before, P) for first in firsts)
+    beside = sum(q < Q for q in _columns_shared(a, (S - 1) // step, 0))
+    size = itemsize(a["dy"]) + itemsize(a["switch"]) + (itemsize(a["y"]) if a["MASK"] else 0)
+    written = planes * a["H"] * a["W"] * itemsize(a["dx"])
+    return Traffic((planes * Q + beside) * rows * size, written, planes * P * Q * size + written)
+
+
 def _adaptive_max_forward(a: Arguments) -> Traffic:
     planes, size = _planes(a["x"]), itemsize(a["x"])
     written = planes * a["P"] * a["Q"] * (itemsize(a["y"]) + (itemsize(a["switch"]) if a["HAS_SWITCH"] else 0))
@@ -265,6 +302,8 @@ COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "pool.switch_to_index": _switch_to_index,
     "pool_strips.max_forward_strips": _max_forward_strips,
     "pool_strips.max_backward_strips": _max_backward_strips,
+    "pool_planes.max_forward_planes": _max_forward_planes,
+    "pool_planes.max_backward_planes": _max_backward_planes,
     "unfold.unfold": _unfold,
     "unfold.fold": _fold,
     "softmax.softmax_forward": _softmax_forward,

@@ -4,6 +4,8 @@ Requested bytes are what programs ask for: traffic between L2 and the SMs.  Uniq
 launch: what DRAM delivers at least.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from tileconv.kernels import hardware, interpreter, strip_tiles, tiles
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Conv2dProblem, Pool2dProblem
 from tileconv.kernels.launch import conv, depthwise, local, norm, pointwise, pool, softmax, unfold
 from tileconv.kernels.launch.common import Launch
+from tileconv.kernels.plane_tiles import PlaneTile
 
 pytestmark = pytest.mark.skipif(not hardware.interpreting(), reason="counts in Triton's interpreter")
 GPU = hardware.INTERPRETER
@@ -276,6 +279,17 @@ def test_max_pool_in_strips(name, long, wide, cells, masked):
     agrees([backward])
 
 
+@pytest.mark.parametrize(("name", "long", "masked"), [("3x3 s2", 2, False), ("3x3 s2 padded", 3, True),
+                                                      ("ceil", 2, False)])  # fmt: skip
+def test_max_pool_in_columns_of_planes(name, long, masked):
+    problem, tile = replace(POOLS[name], C=3), PlaneTile(long, 8)
+    x, y = torch.randn(problem.x_shape).half(), torch.randn(problem.y_shape).half()
+    switch = torch.zeros(problem.y_shape, dtype=torch.uint8)
+    agrees([pool.plan_max_forward(problem, x, y, switch, gpu=GPU, strips=tile)])
+    mask, dx = y if masked else None, torch.empty_like(x)
+    agrees([pool.plan_max_backward(problem, torch.randn_like(y), switch, mask, dx, gpu=GPU, strips=tile)])
+
+
 def test_average_pool_both_ways():
     problem = AdaptivePool2dProblem(2, 8, 7, 9, 3, 4)
     x, y = image(2, 8, 7, 9), image(2, 8, 3, 4)
@@ -470,11 +484,12 @@ def test_pointwise():
     ])  # fmt: skip
 
 
-def test_a_pool_touches_its_least_and_asks_for_little_more():
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_pool_touches_its_least_and_asks_for_little_more(memory_format):
     """What windows share goes to L2 again where each window is loaded alone, and stays in registers in a strip."""
     problem = Pool2dProblem(128, 64, 55, 55, (3, 3), (2, 2))
     x, y = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in (problem.x_shape, problem.y_shape))
-    x, y = (t.to(memory_format=torch.channels_last) for t in (x, y))
+    x, y = (t.to(memory_format=memory_format) for t in (x, y))
     switch = torch.empty_like(y, dtype=torch.uint8)
     alone = traffic(pool.plan_max_forward(problem, x, y, switch, gpu=GPU))
     assert alone.least == problem.bytes_least(2, switch=True)

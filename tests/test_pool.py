@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tileconv.kernels as tk
-from tileconv.kernels import hardware, reference, strip_tiles
+from tileconv.kernels import hardware, plane_tiles, reference, strip_tiles
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
 from tileconv.kernels.launch import pool
+from tileconv.kernels.plane_tiles import PlaneTile
 from tileconv.kernels.strip_tiles import StripTile
 
 CHANNELS_LAST = torch.channels_last
@@ -143,20 +144,30 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def test_strips_give_the_same_bits(
     problem: Pool2dProblem, dtype: torch.dtype, size: tuple[int, int, int], masked: bool
 ) -> None:
+    def tiles(pinned: bool) -> list[StripTile | None]:
+        return [strip_tiles.strip_tile(problem, dtype, hardware.INTERPRETER, size[0], wide) if pinned else None
+                for wide in size[1:]]  # fmt: skip
+
+    give_the_same_bits(problem, dtype, tiles, masked, CHANNELS_LAST, "_strips")
+
+
+def give_the_same_bits(
+    problem: Pool2dProblem, dtype: torch.dtype, tiles: Any, masked: bool, memory: torch.memory_format, ending: str
+) -> None:
+    """Both ways by the tiles of `tiles(True)` as by the kernels without, and values as by the reference."""
     gpu, activation = hardware.INTERPRETER, "relu" if masked else None
-    x = odd_values(problem.x_shape, dtype)
-    dy = torch.randn(problem.y_shape).to(dtype).to(memory_format=CHANNELS_LAST)
+    x = odd_values(problem.x_shape, dtype).contiguous(memory_format=memory)
+    dy = torch.randn(problem.y_shape).to(dtype).contiguous(memory_format=memory)
     found = []
     for pinned in (False, True):
-        tile, cells = (strip_tiles.strip_tile(problem, dtype, gpu, size[0], wide) if pinned else None
-                       for wide in size[1:])  # fmt: skip
-        y, switch, dx = (poisoned(problem.y_shape, dtype), poisoned(problem.y_shape, torch.uint8),
-                         poisoned(problem.x_shape, dtype))  # fmt: skip
+        tile, cells = tiles(pinned)
+        shapes = (problem.y_shape, dtype), (problem.y_shape, torch.uint8), (problem.x_shape, dtype)
+        y, switch, dx = (poisoned(*each).contiguous(memory_format=memory) for each in shapes)
         forward = pool.plan_max_forward(problem, x, y, switch, gpu=gpu, activation=activation, strips=tile)
         forward.run()
         backward = pool.plan_max_backward(problem, dy, switch, y if masked else None, dx, gpu=gpu, strips=cells)
         backward.run()
-        assert forward.kernel.__name__.endswith("_strips") == backward.kernel.__name__.endswith("_strips") == pinned
+        assert forward.kernel.__name__.endswith(ending) == backward.kernel.__name__.endswith(ending) == pinned
         found.append((y, switch, dx))
     for ours, plain in zip(found[1], found[0], strict=True):
         assert same_bits(ours, plain)
@@ -164,6 +175,45 @@ def test_strips_give_the_same_bits(
     y = found[1][0].double()
     assert torch.equal(y.isnan(), want.isnan())
     assert torch.equal(y.nan_to_num(), (want.relu() if masked else want).nan_to_num())
+
+
+# Windows that overlap, with (long of outputs, of cells, lanes), and ReLU or not: planes end inside programs.
+PLANES: dict[str, tuple[Pool2dProblem, torch.dtype, tuple[int, int, int], bool]] = {
+    "fp16": (Pool2dProblem(2, 3, 13, 7, (3, 3), (2, 2)), torch.float16, (4, 3, 8), False),
+    "bf16, padded, relu": (Pool2dProblem(1, 3, 9, 8, (3, 3), (2, 2), (1, 1)), torch.bfloat16, (3, 5, 8), True),
+    "fp32, ceil, relu": (Pool2dProblem(1, 4, 8, 10, (3, 3), (2, 2), ceil_mode=True), torch.float32, (4, 2, 16), True),
+    "stride 1": (Pool2dProblem(1, 3, 5, 6, (3, 3), (1, 1), (1, 1)), torch.float16, (2, 3, 8), False),
+    "five wide": (Pool2dProblem(1, 2, 7, 9, (2, 5), (2, 2), (1, 2)), torch.float32, (2, 4, 16), False),
+}
+
+
+@pytest.mark.skipif(not hardware.interpreting(), reason="pins tiles of Triton's interpreter")
+@pytest.mark.parametrize(("problem", "dtype", "size", "masked"), PLANES.values(), ids=PLANES)
+def test_columns_of_planes_give_the_same_bits(
+    problem: Pool2dProblem, dtype: torch.dtype, size: tuple[int, int, int], masked: bool
+) -> None:
+    def tiles(pinned: bool) -> list[PlaneTile | None]:
+        return [PlaneTile(long, size[2]) if pinned else None for long in size[:2]]
+
+    give_the_same_bits(problem, dtype, tiles, masked, torch.contiguous_format, "_planes")
+
+
+def test_columns_of_planes_are_for_whole_contiguous_images() -> None:
+    gpu, problem = hardware.GPUS["H100"], Pool2dProblem(8, 64, 27, 27, (3, 3), (2, 2))
+    x, y = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in (problem.x_shape, problem.y_shape))
+    switch = y.to(torch.uint8)
+    slices = x.new_empty(8, 128, 27, 27)[:, ::2], y[:, :, :, :1].expand(y.shape)
+    for image, grad, planes in ((x, y, True), (x.to(memory_format=CHANNELS_LAST), y, False), (*slices, False)):
+        forward = pool.plan_max_forward(problem, image, y, switch, gpu=gpu)
+        backward = pool.plan_max_backward(problem, grad, switch, None, image, gpu=gpu)
+        assert forward.kernel.__name__.endswith("_planes") == backward.kernel.__name__.endswith("_planes") == planes
+    with pytest.raises(ValueError, match=r"strips=.*contiguous, of 2 or 4 bytes"):
+        pool.plan_max_forward(problem, x.double(), y.double(), switch, gpu=gpu, strips=PlaneTile(14))
+    for windows in ((2, 2), (2, 2)), ((3, 3), (2, 2), (0, 0), (2, 2)), ((7, 7), (2, 2)):
+        assert not plane_tiles.has_planes(Pool2dProblem(8, 64, 27, 27, *windows), torch.float16)
+    few = plane_tiles.choose_planes(Pool2dProblem(1, 64, 27, 27, (3, 3), (2, 2)), "forward", torch.float16, gpu)
+    many = plane_tiles.choose_planes(Pool2dProblem(512, 64, 27, 27, (3, 3), (2, 2)), "forward", torch.float16, gpu)
+    assert few is not None and many is not None and few.long < many.long
 
 
 def test_strips_without_switches_and_where_they_do_not_suit() -> None:
@@ -246,9 +296,10 @@ def test_adaptive_avg_pool_is_torchs(size: Any, memory_format: torch.memory_form
 
 @pytest.mark.parametrize(
     ("window", "width", "kernel", "abreast"),
-    [((2, 2), 224, "max_backward_cells", 2), ((3, 2), 55, "max_backward_cells", 1),
-     ((3, 2, 1), 112, "max_backward_cells", 1), ((3, 1, 1), 28, "max_backward", None)],
-    ids=["aligned rows", "odd rows", "padded rows", "a window for every pixel"],
+    [((2, 2), 224, "max_backward_cells", 2), ((2, 2), 55, "max_backward_cells", 1),
+     ((3, 2), 55, "max_backward_planes", None), ((3, 1, 1), 28, "max_backward_planes", None),
+     ((7, 1, 3), 28, "max_backward", None)],
+    ids=["aligned rows", "odd rows", "overlap", "a window for every pixel", "large windows"],
 )  # fmt: skip
 def test_contiguous_gradients_are_made_in_cells(
     window: tuple[int, ...], width: int, kernel: str, abreast: int | None
@@ -262,12 +313,13 @@ def test_contiguous_gradients_are_made_in_cells(
     assert launch.arguments.get("ABREAST") == abreast
 
 
-@pytest.mark.parametrize("kind", ["any window", "cells", "strips", "adaptive"])
+@pytest.mark.parametrize("kind", ["any window", "cells", "strips", "planes", "adaptive"])
 def test_a_gradient_of_more_windows_than_two_to_the_31_takes_64_bit_offsets(kind: str) -> None:
     """The switch alone reaches so far: the gradient is expanded, and the image has fewer pixels than windows."""
     window = {"any window": ((8, 7), (1, 1), (4, 3), (1, 1)), "strips": ((2, 2), (1, 1), (1, 1), (1, 1))}
+    window["planes"] = window["strips"]
     problem = Pool2dProblem(1, 16384, 8, 15_000, *window.get(kind, ((2, 1), (1, 1), (1, 0), (1, 1))))
-    memory = torch.contiguous_format if kind == "any window" else CHANNELS_LAST
+    memory = torch.contiguous_format if kind in ("any window", "planes") else CHANNELS_LAST
     dx = torch.empty(problem.x_shape, dtype=torch.float16, device="meta").contiguous(memory_format=memory)
     switch = torch.empty(problem.y_shape, dtype=torch.uint8, device="meta").contiguous(memory_format=memory)
     dy = dx.new_empty(1).expand(problem.y_shape)
@@ -276,9 +328,12 @@ def test_a_gradient_of_more_windows_than_two_to_the_31_takes_64_bit_offsets(kind
         size = AdaptivePool2dProblem(*problem.x_shape, *problem.y_shape[2:])
         launch = pool.plan_adaptive_max_backward(size, dy, switch, dx, gpu=hardware.GPUS["H100"])
     else:
-        if kind == "strips":
+        if kind == "planes":
+            dy = torch.empty(problem.y_shape, dtype=torch.float16, device="meta")
+        elif kind == "strips":
             dy = dx.new_empty(1, 16384, 1, 1).contiguous(memory_format=memory).expand(problem.y_shape)
         launch = pool.plan_max_backward(problem, dy, switch, None, dx, gpu=hardware.GPUS["H100"])
-    names = {"any window": "max_backward", "cells": "max_backward_cells", "strips": "max_backward_strips"}
+    names = {"any window": "max_backward", "cells": "max_backward_cells", "strips": "max_backward_strips",
+             "planes": "max_backward_planes"}  # fmt: skip
     assert launch.kernel.__name__ == names.get(kind, "adaptive_max_backward")
     assert str(launch.arguments["INDEX"]) == "int64"

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
-from tileconv.kernels import conv_tile, strip_tiles, tiles
-from tileconv.kernels.device import average, pool_strips, selection
+from tileconv.kernels import conv_tile, plane_tiles, strip_tiles, tiles
+from tileconv.kernels.device import average, pool_planes, pool_strips, selection
 from tileconv.kernels.device import pool as device
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch, accumulator, index_type, strides
+from tileconv.kernels.plane_tiles import PlaneTile
 from tileconv.kernels.strip_tiles import StripTile
 
 
@@ -25,16 +27,20 @@ def switch_dtype(problem: Pool2dProblem | AdaptivePool2dProblem) -> torch.dtype:
 
 def plan_max_forward(
     problem: Pool2dProblem, x: torch.Tensor, y: torch.Tensor, switch: torch.Tensor | None, *, gpu: GPU,
-    activation: str | None = None, strips: StripTile | None = None,
+    activation: str | None = None, strips: StripTile | PlaneTile | None = None,
 ) -> Launch:  # fmt: skip
     """The launch that writes y and, if given, switch (laid out like y) from x; activation "relu" cuts y at zero.
 
-    `strips` pins the tile of a pool in strips; ValueError where it has none.
+    `strips` pins the tile of a pool in strips or in columns of planes; ValueError where it has none.
     """
     arguments = {
         "x": x, "y": y, "switch": switch, **_extents(problem), **strides("x", x, "nchw"), **strides("y", y, "ncpq"),
         **_window(problem), "HAS_SWITCH": switch is not None, "ACTIVATION": activation,
     }  # fmt: skip
+    images = [x, y] if switch is None else [x, y, switch]
+    if columns := _planes(problem, "forward", gpu, images, strips):
+        arguments |= {"OUTSIDE": -math.inf if problem.partial else 0.0, "AHEAD": plane_tiles.AHEAD}
+        return _in_planes(pool_planes.max_forward_planes, arguments, columns, problem, "forward", images)
     if tile := _strips(problem, "forward", gpu, [x, y], strips):
         arguments["OUTSIDE"] = -math.inf if problem.partial else 0.0
         return _in_strips(pool_strips.max_forward_strips, arguments, tile, (problem.P, problem.Q), [x, y])
@@ -62,7 +68,7 @@ def plan_max_backward(
     dx: torch.Tensor,
     *,
     gpu: GPU,
-    strips: StripTile | None = None,
+    strips: StripTile | PlaneTile | None = None,
 ) -> Launch:
     """The launch that writes dx from dy; with y (laid out like switch), only windows with y > 0 pass a gradient on.
 
@@ -75,6 +81,9 @@ def plan_max_backward(
     }  # fmt: skip
     cells = strip_tiles.cells(problem)
     images = [dx, dy, switch]  # windows may outnumber pixels, and an expanded dy does not reach far
+    masked = [dy, switch, dx] if y is None else [dy, switch, dx, y]
+    if columns := _planes(problem, "backward", gpu, masked, strips):
+        return _in_planes(pool_planes.max_backward_planes, arguments, columns, problem, "backward", images)
     if tile := _strips(problem, "backward", gpu, [dy, switch, dx], strips):
         return _in_strips(pool_strips.max_backward_strips, arguments, tile, cells, images)
     if not _in_cells(problem, dx):
@@ -241,7 +250,7 @@ def _channels_inner(image: torch.Tensor) -> bool:
 
 
 def _strips(
-    problem: Pool2dProblem, pass_: str, gpu: GPU, images: list[torch.Tensor], pinned: StripTile | None
+    problem: Pool2dProblem, pass_: str, gpu: GPU, images: list[torch.Tensor], pinned: StripTile | PlaneTile | None
 ) -> StripTile | None:
     """The strips of a pool whose images all have their channels side by side, in whole 16 bytes; else None."""
     dtype = images[0].dtype
@@ -253,7 +262,46 @@ def _strips(
             f"strips={pinned} do not suit {problem} of {dtype}: windows must overlap with their next neighbours alone, "
             "and images must be channels_last with whole 16 bytes of channels"
         )
+    assert isinstance(pinned, StripTile)
     return pinned
+
+
+def _planes(
+    problem: Pool2dProblem, pass_: str, gpu: GPU, images: list[torch.Tensor], pinned: StripTile | PlaneTile | None
+) -> PlaneTile | None:
+    """The columns of a pool whose images are all contiguous, and not channels_last; else None."""
+    if isinstance(pinned, StripTile):
+        return None
+    dtype = images[0].dtype
+    fits = all(image.is_contiguous() and not _channels_inner(image) for image in images) and problem.taps <= 256
+    if pinned is None:
+        return plane_tiles.choose_planes(problem, pass_, dtype, gpu) if fits else None
+    if not fits or not plane_tiles.has_planes(problem, dtype):
+        raise ValueError(
+            f"strips={pinned} do not suit {problem} of {dtype}: windows must overlap along rows, and images be "
+            "contiguous, of 2 or 4 bytes an element"
+        )
+    return pinned
+
+
+def _in_planes(
+    kernel: Any, arguments: dict[str, Any], tile: PlaneTile, problem: Pool2dProblem, pass_: str,
+    images: list[torch.Tensor],
+) -> Launch:  # fmt: skip
+    lines = problem.P if pass_ == "forward" else strip_tiles.cells(problem)[0]
+    columns, strips = plane_tiles.columns(problem, pass_), triton.cdiv(lines, tile.long)
+    positions = problem.N * problem.C * columns
+    unused = {"C", "DIL_H", "DIL_W"}
+    arguments = {name: value for name, value in arguments.items()
+                 if name not in unused and not name.startswith("stride_")}  # fmt: skip
+    arguments |= {
+        "POSITIONS": positions, "INDEX": index_type(*images), "COLUMNS": columns, "LANES": tile.lanes,
+        "LONG": tile.long, "STRIPS": strips,
+    }  # fmt: skip
+    if positions >= 1 << 30:  # planes of a pixel or two have more columns than pixels
+        arguments["INDEX"] = tl.int64
+    programs = triton.cdiv(positions, tile.lanes - plane_tiles.shared(problem)) * strips
+    return Launch(kernel, (programs,), arguments, tile.num_warps, 1, str(tile))
 
 
 def _in_strips(
