@@ -37,13 +37,8 @@ def has_planes(problem: Pool2dProblem, dtype: torch.dtype) -> bool:
 
 def columns(problem: Pool2dProblem, pass_: str) -> int:
     """Of a plane: outputs (backward: cells) beside each other, and those that others' windows reach into."""
-    more = shared(problem)
+    more = strip_tiles.windows_before(problem)[1]
     return problem.Q + more if pass_ == "forward" else max(strip_tiles.cells(problem)[1], problem.Q + more)
-
-
-def shared(problem: Pool2dProblem) -> int:
-    """Columns of lanes that a window reaches into beside its own."""
-    return (problem.kernel[1] - 1) // problem.stride[1]
 
 
 @lru_cache(maxsize=4096)
@@ -56,7 +51,8 @@ def choose_planes(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: G
         return None
     lines = problem.P if pass_ == "forward" else strip_tiles.cells(problem)[0]
     longest = max(1, MOST_COMPARISONS // problem.taps)
-    across = -(-problem.N * problem.C * columns(problem, pass_) // (PlaneTile.lanes - shared(problem)))
+    own = PlaneTile.lanes - strip_tiles.windows_before(problem)[1]
+    across = -(-problem.N * problem.C * columns(problem, pass_) // own)
 
     def steps(long: int) -> int:
         return -(-across * -(-lines // long) // (4 * gpu.sms)) * (long + STEPS_TO_START)

@@ -80,7 +80,7 @@ def choose_strips(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: G
     lines, columns = (problem.P, problem.Q) if pass_ == "forward" else cells(problem)
     widest = WIDEST[pass_][dtype.itemsize] if problem.taps <= 9 else 4
     # Switches of as many windows as an element has bytes are 16 bytes; a strip of cells needs windows beside its own.
-    more = 0 if pass_ == "forward" else _shared(problem)[1]
+    more = 0 if pass_ == "forward" else windows_before(problem)[1]
     wides = [wide for wide in range(1, widest + 1) if (wide + more) % dtype.itemsize == 0]
     longs = sorted({-(-lines // strips) for strips in range(1, lines + 1)})
     least = problem.bytes_least(dtype.itemsize, switch=True)
@@ -94,7 +94,7 @@ def choose_strips(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: G
     return min((each for each in found if each[0] <= limit), key=lambda each: each[1:3])[-1]
 
 
-def _shared(problem: Pool2dProblem) -> Pair:
+def windows_before(problem: Pool2dProblem) -> Pair:
     """Rows and columns of windows before a cell's own that reach into it."""
     return (problem.kernel[0] - 1) // problem.stride[0], (problem.kernel[1] - 1) // problem.stride[1]
 
@@ -106,7 +106,7 @@ def _moved(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, strips: Pair)
         loaded, size = problem.x_shape[2:], dtype.itemsize
         once = problem.P * problem.Q * (dtype.itemsize + 1)
     else:
-        edges = [*_shared(problem)]
+        edges = [*windows_before(problem)]
         loaded, size = (problem.P, problem.Q), dtype.itemsize + 1
         once = problem.H * problem.W * dtype.itemsize
     rows, columns = (extent + (n - 1) * edge for extent, n, edge in zip(loaded, strips, edges, strict=True))
@@ -121,7 +121,7 @@ def _busy_us(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU, t
         copied = down * ((tile.wide - 1) * across + s) * dtype.itemsize
     else:
         extents, operations = cells(problem), problem.taps
-        copied = (tile.wide + _shared(problem)[1]) * (dtype.itemsize + 1)
+        copied = (tile.wide + windows_before(problem)[1]) * (dtype.itemsize + 1)
     shared = (STAGES - 1) * copied * tile.rows * tile.cols
     filled = min(1.0, cost.occupancy(255, shared, tile.num_warps, gpu) / (4 * WARPS_TO_FILL))
     lanes = problem.N * math.prod(tile.strips(extents))

@@ -38,7 +38,6 @@ def run(launches: list[Any], scratch: list[Tensor]) -> list[str]:
     return [launch.kernel.__name__ for launch in launches]
 
 
-@pytest.mark.skipif(not hardware.interpreting(), reason="plans for Triton's interpreter")
 @dataclass(frozen=True)
 class Sum:
     """A convolution [2, 40, 5, 4] -> 26 filters of `window`, and how far the largest number may be off."""

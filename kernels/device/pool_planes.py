@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tileconv.kernels.device.pool import _cell_sum, key_place, key_value, larger
-from tileconv.kernels.device.pool_strips import _row_maximum, _window
+from tileconv.kernels.device.pool_strips import _after, _row_maximum, _window
 
 
 @triton.jit
@@ -123,10 +123,7 @@ def max_forward_planes(
         rows = maxima
         for r in tl.static_range(NEW):
             rows = rows + (_maximum(ahead, r, w, lane, S, STRIDE_W, LANES, PAD_W),)
-        rest = ()
-        for k in tl.static_range(EACH, len(ahead)):
-            rest = rest + (ahead[k],)
-        ahead = rest
+        ahead = _after(ahead, EACH)
         key = rows[0]
         if PAD_H > 0:
             key += tl.cast(tl.maximum(-(h0 + step * STRIDE_H), 0) * S, key.dtype) << PLACE
@@ -139,10 +136,7 @@ def max_forward_planes(
         tl.store(y + (out + step * Q), best, mask=valid)
         if HAS_SWITCH:
             tl.store(switch + (out + step * Q), key_place(key, TYPE).to(tl.uint8), mask=valid)
-        kept = ()
-        for r in tl.static_range(KEPT):
-            kept = kept + (rows[NEW + r],)
-        maxima = kept
+        maxima = _after(rows, NEW)
 
 
 @triton.jit
@@ -228,10 +222,5 @@ def max_backward_planes(
             here = out + ((step * STRIDE_H + pixel // STRIDE_W) * W + pixel % STRIDE_W)
             valid = own & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             tl.store(dx + here, acc.to(dx.dtype.element_ty), mask=valid)
-        kept = ()
-        kept_taps = ()
-        for k in tl.static_range(COUNT * BACK_H):
-            kept = kept + (grads[COUNT + k],)
-            kept_taps = kept_taps + (taps[COUNT + k],)
-        grads = kept
-        taps = kept_taps
+        grads = _after(grads, COUNT)
+        taps = _after(taps, COUNT)

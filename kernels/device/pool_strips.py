@@ -190,6 +190,15 @@ def _window(
     return windows[(BACK_H - BACK // (BACK_W + 1)) * COUNT + J + BACK_W - BACK % (BACK_W + 1)]
 
 
+@triton.jit
+def _after(values, FIRST: tl.constexpr):
+    # What a step leaves to the next: all from FIRST on.
+    rest = ()
+    for k in tl.static_range(FIRST, len(values)):
+        rest = rest + (values[k],)
+    return rest
+
+
 # dx as in pool.max_backward_cells, and added up in the same order.
 @triton.jit
 def max_backward_strips(
@@ -275,10 +284,5 @@ def max_backward_strips(
                 out = n * stride_xn + c * stride_xc + h.to(INDEX) * stride_xh + w.to(INDEX) * stride_xw
                 own = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 tl.store(dx + out, acc.to(dx.dtype.element_ty), mask=own)
-        kept = ()
-        kept_taps = ()
-        for k in tl.static_range(COUNT * BACK_H):
-            kept = kept + (grads[COUNT + k],)
-            kept_taps = kept_taps + (taps[COUNT + k],)
-        grads = kept
-        taps = kept_taps
+        grads = _after(grads, COUNT)
+        taps = _after(taps, COUNT)

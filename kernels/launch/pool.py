@@ -273,7 +273,7 @@ def _planes(
     if isinstance(pinned, StripTile):
         return None
     dtype = images[0].dtype
-    fits = all(image.is_contiguous() and not _channels_inner(image) for image in images) and problem.taps <= 256
+    fits = all(image.is_contiguous() and not _channels_inner(image) for image in images)
     if pinned is None:
         return plane_tiles.choose_planes(problem, pass_, dtype, gpu) if fits else None
     if not fits or not plane_tiles.has_planes(problem, dtype):
@@ -300,7 +300,7 @@ def _in_planes(
     }  # fmt: skip
     if positions >= 1 << 30:  # planes of a pixel or two have more columns than pixels
         arguments["INDEX"] = tl.int64
-    programs = triton.cdiv(positions, tile.lanes - plane_tiles.shared(problem)) * strips
+    programs = triton.cdiv(positions, tile.lanes - strip_tiles.windows_before(problem)[1]) * strips
     return Launch(kernel, (programs,), arguments, tile.num_warps, 1, str(tile))
 
 
