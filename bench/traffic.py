@@ -105,7 +105,7 @@ def _drawn(a: Arguments, blocks: int, found: Traffic) -> Traffic:
 def _fprop_box(a: Arguments) -> Traffic:
     size, groups, K, C = _itemsize(a["x"]), a["GROUPS"], a["K"], a["C"]
     rows, columns = _axes(a)
-    below = a["BOX_H"] // 2 if a["HALF"] and a["SHIFT"] else 0  # where the half box lies, its rows join the box
+    below = a["BOX_H"] // 2 if a["HALF"] and a["COLUMNS"] > 1 else 0  # where the half box lies, its rows join the box
     h, h_ranges = replace(rows, box=rows.box + below).rows()
     w, w_ranges = _beside_each_other(a, columns)
     filter_tiles = _cdiv(K, _filters(a))
@@ -141,9 +141,9 @@ def _narrow_tiles(a: Arguments, rows: _Axis, columns: _Axis, filter_tiles: int) 
 
 def _beside_each_other(a: Arguments, axis: _Axis) -> tuple[int, Counter[tuple[int, int]]]:
     """Of all programs for one row of boxes: pixels that they load along it, and how many have each range of taps."""
-    if not a["HALF"] or a["SHIFT"]:
-        shift = a["SHIFT"]
-        loaded, ranges = replace(axis, taps=axis.taps + shift).rows(list(range(0, axis.outputs, axis.box + shift)))
+    if not a["HALF"] or a["COLUMNS"] > 1:
+        more = a["COLUMNS"] - 1
+        loaded, ranges = replace(axis, taps=axis.taps + more).rows(list(range(0, axis.outputs, axis.box + more)))
         images = _cdiv(a["N"], a["BOX_N"])
         return a["N"] * loaded, Counter({taps: images * count for taps, count in ranges.items()})
     box = a["BOX_N"], a["BOX_W"]
@@ -177,7 +177,7 @@ def _fprop_pool(a: Arguments) -> Traffic:
     (h, h_ranges), (w, w_ranges) = (axis.rows(s) for axis, s in zip(axes, starts, strict=True))
     filter_tiles, images = _cdiv(K, a["BLOCK_K"]), _cdiv(a["N"], a["BOX_N"])
     pixels = a["N"] * h * w * a["C"] * groups * filter_tiles * size
-    plain = a | {"BLOCK_K2": 0, "TRANSPOSED": False, "PARTS": 1, "SHIFT": 0, "TAP_0": 0, "TAP_R": a["S"], "TAP_S": 1}
+    plain = a | {"BLOCK_K2": 0, "TRANSPOSED": False, "PARTS": 1, "COLUMNS": 1, "TAP_0": 0, "TAP_R": a["S"], "TAP_S": 1}
     filters = 0
     for ((r0, r1), r_count), ((s0, s1), s_count) in itertools.product(h_ranges.items(), w_ranges.items()):
         taps = itertools.product(range(r0, r1), range(s0, s1))
@@ -204,24 +204,24 @@ def _pool_starts(a: Arguments, axis: _Axis, window: str, pooled: str) -> list[in
 
 
 def _filters(a: Arguments) -> int:
-    """Different filters of a program; with SHIFT the second product takes those of the first."""
-    return int(a["BLOCK_K"] if a["SHIFT"] else a["BLOCK_K"] + a["BLOCK_K2"])
+    """Different filters of a program."""
+    return int(a["BLOCK_K"] + a["BLOCK_K2"]) // int(a["COLUMNS"])
 
 
 def _filter_elements(a: Arguments, r: int, s: int) -> int:
     """Filter elements that one pixel box loads for the taps it meets at (r, s): all groups and tiles, clipped by the
-    matrix alone.  With SHIFT the second product is one tap behind, and either one's may lie beyond the filter.
+    matrix alone.
     """
+    if a["COLUMNS"] > 1:
+        return _row_elements(a, s)
     height, width = a["w"].shape
-    blocks = [(a["BLOCK_K"], 0, s)] if s < a["S"] else []
-    if a["BLOCK_K2"] and s >= a["SHIFT"]:
-        blocks.append((a["BLOCK_K2"], _filters(a) - a["BLOCK_K2"], s - a["SHIFT"]))
+    blocks = [(a["BLOCK_K"], 0)] + ([(a["BLOCK_K2"], a["BLOCK_K"])] if a["BLOCK_K2"] else [])
     total = 0
     for g, k0 in itertools.product(range(a["GROUPS"]), range(0, a["K"], _filters(a))):
-        for (block, below, tap_s), c, (_, part) in itertools.product(
+        for (block, below), c, (_, part) in itertools.product(
             blocks, range(0, a["C"], a["BLOCK_C"]), _products(a["PARTS"])
         ):
-            tap = a["TAP_0"] + r * a["TAP_R"] + tap_s * a["TAP_S"]
+            tap = a["TAP_0"] + r * a["TAP_R"] + s * a["TAP_S"]
             k, column = k0 + below, tap * a["PARTS"] + part
             if a["TRANSPOSED"]:
                 total += _clip(g * a["C"] + c, a["BLOCK_C"], height) * _clip(column * a["K"] + k, block, width)
@@ -230,10 +230,20 @@ def _filter_elements(a: Arguments, r: int, s: int) -> int:
     return total
 
 
+def _row_elements(a: Arguments, s: int) -> int:
+    """The same with COLUMNS: a box of a row of taps, clipped by that row, for each column that it may meet."""
+    own = _clip((a["S"] - 1 - s) * a["K"], a["BLOCK_K"], a["S"] * a["K"])
+    total = 0
+    for g, c in itertools.product(range(a["GROUPS"]), range(0, a["C"], a["BLOCK_C"])):
+        first, depth = (g * a["C"] + c, a["GROUPS"] * a["C"]) if a["TRANSPOSED"] else (c, a["C"])
+        total += own * _clip(first, a["BLOCK_C"], depth)
+    return total * len(_products(a["PARTS"]))
+
+
 def _outputs(a: Arguments, filter_tiles: int, boxes: int) -> tuple[int, int, int]:
     """Elements of y and of partial sums that a box launch writes, and elements of bias that it reads."""
     whole = a["N"] * a["P"] * a["Q"] * a["K"] * a["GROUPS"]
-    times = (1 + a["SHIFT"]) * (1 + a["HALF"])  # a program finishes so many boxes
+    times = a["COLUMNS"] * (1 + a["HALF"])  # a program finishes so many boxes
     bias = boxes * a["GROUPS"] * a["K"] * times
     if a["SPLITS"] == 1:
         return whole, 0, bias
@@ -245,7 +255,7 @@ def _outputs(a: Arguments, filter_tiles: int, boxes: int) -> tuple[int, int, int
 
 def _shared_tiles(a: Arguments, filter_tiles: int, filters: int) -> Iterator[tuple[int, int, int]]:
     """(first filter, filters, pixels) of every tile whose depth is shared: those from FULL on, filters fastest."""
-    extents = [(a["N"], a["BOX_N"]), (a["P"], a["BOX_H"]), (a["Q"], a["BOX_W"] + a["SHIFT"])]
+    extents = [(a["N"], a["BOX_N"]), (a["P"], a["BOX_H"]), (a["Q"], a["BOX_W"] * a["COLUMNS"])]
     if a.get("COUNTED"):
         extents = [(a["N"] * a["P"] * a["Q"], a["BOX_N"])]
     starts = [range(0, extent, box) for extent, box in extents]
@@ -256,13 +266,13 @@ def _shared_tiles(a: Arguments, filter_tiles: int, filters: int) -> Iterator[tup
 
 
 def _fprop_finish(a: Arguments) -> Traffic:
-    filters = a["ROWS"] // (1 + a["SHIFT"])
+    filters = a["ROWS"] // a["COLUMNS"]
     shared = list(_shared_tiles(a, _cdiv(a["K"], filters), filters))
     pixels = a["BOX_N"] * a["BOX_H"] * a["BOX_W"]
     parts = len(shared) * a["SPLITS"] * a["ROWS"] * pixels * _itemsize(a["parts"])
     written = sum(k * inside for _, k, inside in shared) * _itemsize(a["y"])
     bias = _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
-    read = parts + sum(k for _, k, _ in shared) * (1 + a["SHIFT"]) * pixels // a["BLOCK_P"] * bias
+    read = parts + sum(k for _, k, _ in shared) * a["COLUMNS"] * pixels // a["BLOCK_P"] * bias
     touched = sum({first: k for first, k, _ in shared}.values())
     blocks = len(shared) * (a["ROWS"] // a["BLOCK_K"]) * (pixels // a["BLOCK_P"])
     return _drawn(a, blocks, Traffic(read, written, parts + written + touched * bias))

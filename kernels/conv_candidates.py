@@ -53,6 +53,8 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
             continue
         if gpu.arch >= 100 and (size > 32_768 or tile.taps > 1):
             continue
+        if gpu.arch >= 100 and tile.columns > 1 and (tile.half or tile.block_c < 64):
+            continue  # 8 to 24 bytes
         # There fp32 outputs line up for their store.
         if not wgrad and 4 * tile.block_k * tile.pixels > gpu.shared_block:
             continue
@@ -72,35 +74,40 @@ def _depths(channels: int, dtype: torch.dtype) -> list[int]:
     return [whole] + [whole // 2] * (16 * by_half <= 15 * covered) + [2 * whole] * (by_two == covered)
 
 
+_MOST_COLUMNS = 8  # of a program: with 5 x 5 taps two thirds of their products are by zero then
+
+
 def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
     found = []
     # Outputs that no descriptor reaches take an address each: compiled for sm_90, 192 of a thread spill 150 times, 128
     # of four bytes 102 times, and so do 64 where a second way out is for shared tiles.
     odd = problem.group_filters * dtype.itemsize % 16 != 0
-    rows_of = ((64, 0), (128, 0), (256, 0), (128, 64), (256, 128), (64, 64), (128, 128))
-    for depth, pixels, (block_k, block_k2), half in itertools.product(
+    rows_of = [(64, 0, 1), (128, 0, 1), (256, 0, 1), (128, 64, 1), (256, 128, 1)]
+    if problem.together and problem.dilation[1] == 1 and not odd:
+        together = [(block_k, block_k // problem.group_filters) for block_k in (64, 128, 256)]
+        rows_of += [(block_k, 0, own) for block_k, own in together if 1 < own <= _MOST_COLUMNS]
+    for depth, pixels, (block_k, block_k2, own), half in itertools.product(
         _depths(problem.group_channels, dtype), (64, 128, 256, 512), rows_of, (False, True)
     ):
-        rows, shift = block_k + block_k2, block_k == block_k2
-        columns = pixels + pixels // 2 * half
-        # A shifted product multiplies pixels beyond its taps by zero: harmless in a gradient, but a forward pass would
-        # carry a NaN or an infinity one column too far.
-        if shift and (pass_ != "dgrad" or problem.stride[1] != 1 or problem.dilation[1] != 1 or problem.S == 1):
-            continue
+        rows, columns = block_k + block_k2, pixels + pixels // 2 * half
         # Sums of 24,576 elements are the most that four warps hold without spilling (219 registers), twice that eight.
         # Compiled for one tap, transposed filters of 128 rows or more wait for every product; 128 + 64 do not.
         if pass_ == "dgrad" and problem.taps == 1 and block_k > 64 and not block_k2:
             continue
-        if rows * columns > 49_152 or 64 < (block_k if shift else rows) > power_of_two(problem.group_filters):
+        if rows * columns > 49_152 or (own == 1 and 64 < rows > power_of_two(problem.group_filters)):
             continue
         warps = 4 if rows * columns <= (32_768 // dtype.itemsize if odd else 24_576) else 8
+        # Columns that do not fill their block leave it by pointers, eight channels beside each other: 128 sums of a
+        # thread spill 12 times and up for sm_90.
+        by_eight = own > 1 and own * problem.group_filters < block_k and problem.group_filters % 16 > 0
+        if by_eight and rows * columns > 96 * 32 * warps:
+            continue
         if odd and rows * columns > 65_536 // dtype.itemsize:
             continue
         # Long steps are for small tiles, whose products are few beside a step's barriers: with 64 x 192 13 other
-        # instructions for each instead of 22.  Larger tiles have no room for three buffers of them, and shifted ones
-        # spill 16 bytes for sm_100.
+        # instructions for each instead of 22.  Larger tiles have no room for three buffers of them.
         most = max(3, 4 * 128 // (depth * dtype.itemsize))
-        if depth * dtype.itemsize > 128 and (rows + columns > 256 or shift):
+        if depth * dtype.itemsize > 128 and (rows + columns > 256 or own > 1):
             continue
         stages = min(most, (gpu.shared_block - 2048) // ((rows + columns) * depth * dtype.itemsize))
         if stages < 2:
@@ -109,15 +116,17 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
             continue
         # For sm_120, whose products take registers, half a box more spills 224 bytes and up, 2 x 128 filters 160, in
         # Triton 3.6 also 128 + 64 filters, 64 to 80.
-        if gpu.arch >= 120 and (half or (shift and block_k > 64) or (block_k2 and triton_version() < (3, 7))):
+        if gpu.arch >= 120 and (half or (own > 1 and block_k > 128) or (block_k2 and triton_version() < (3, 7))):
             continue
+        if gpu.arch >= 120 and own > 1 and depth * dtype.itemsize < 128 and rows * columns == 4096:
+            continue  # 8 bytes
         if dtype.itemsize * block_k * pixels > gpu.shared_block:  # outputs on their way out
             continue
-        for box in _columns(problem, pixels, half) if shift else _boxes(problem, pixels):
+        for box in _columns(problem, pixels, half) if own > 1 else _boxes(problem, pixels):
             formulation = "pixel" if box[1:] == (1, 1) else "box"
-            tile = ConvTile(formulation, box, block_k, depth, warps, stages, block_k2=block_k2, shift=shift, half=half)
+            tile = ConvTile(formulation, box, block_k, depth, warps, stages, block_k2=block_k2, columns=own, half=half)
             if half:
-                found += [tile] if shift or (box[2] < problem.Q and box[0] * box[2] > 1) else []
+                found += [tile] if own > 1 or (box[2] < problem.Q and box[0] * box[2] > 1) else []
                 continue
             found += [tile, *_shared_depth(problem, tile, gpu)]
             if stages == most == 4:  # fewer buffers may let one more program onto the SM
@@ -187,7 +196,7 @@ def _shared_depth(problem: Conv2dProblem, tile: ConvTile, gpu: GPU) -> list[Conv
              if steps >= 4 * splits and programs * splits <= 4 * gpu.sms]  # fmt: skip
     if tail and programs > gpu.sms and not by_pointers:
         found += [replace(tile, splits=splits, tail=tail) for splits in (2, 3, 4, 6) if steps >= 4 * splits]
-        if tile.block_k2 and not tile.shift:
+        if tile.block_k2:
             found.append(replace(tile, tail=tail))
     return found
 

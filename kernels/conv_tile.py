@@ -25,9 +25,10 @@ class ConvTile:
     `block_c` is the depth of one step; `flat` steps through (r, s, c) flattened instead of through the channels.
     `block_k2` filters more share its pixels in a second product.  `splits` programs share the depth of a tile: of all
     tiles, or of the last `tail` ones, those that would leave most of the GPU idle in their wave; with `tail` and one
-    split they share the filters of those, block_k2 each.  With `shift` the second product makes the next output column,
-    from the same pixels and the same filters.  With `half` a program makes half a box more with the same filters: boxes
-    cover the first columns of the output, half boxes the others; with `shift` the half box lies below the box.
+    split they share the filters of those, block_k2 each.  With `columns` above one a program makes so many columns of
+    the output from a box of one: block_k counts through the filters of all of them.  With `half` a program makes half a
+    box more with the same filters: boxes cover the first columns of the output, half boxes the others; with `columns`
+    the half box lies below the box.
     In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 to 5) taps, with `half` half as
     many channels more of one tap, and `splits` share the pixels.  With `last` the taps that are left over have
     programs of their own, of which so many share the pixels.
@@ -44,7 +45,7 @@ class ConvTile:
     block_k2: int = 0
     tail: int = 0
     taps: int = 1
-    shift: bool = False
+    columns: int = 1
     half: bool = False
     last: int = 0
 
@@ -56,7 +57,7 @@ class ConvTile:
     @property
     def filters(self) -> int:
         """Different filters of a program."""
-        return self.block_k if self.shift else self.rows
+        return self.rows // self.columns
 
     @property
     def pixels(self) -> int:
@@ -80,16 +81,16 @@ class ConvTile:
 
     @property
     def half_box(self) -> tuple[int, int, int] | None:
-        """Half a box: of its images, or of its columns if it has but one image; of its rows with `shift`."""
+        """Half a box: of its images, or of its columns if it has but one image; of its rows with `columns`."""
         if not self.half:
             return None
         n, h, w = self.box
-        if self.shift:
+        if self.columns > 1:
             return n, h // 2, w
         return (n // 2, h, w) if n > 1 else (n, h, w // 2)
 
     def whole_columns(self, problem: Conv2dProblem) -> int:
-        """With `half`, not `shift`: how many columns of the output boxes cover so that the fewest programs make all."""
+        """With `half`, of one column: the columns that boxes cover so that the fewest programs make all outputs."""
         assert self.half_box is not None
         # More columns take programs for boxes and save those for half boxes: the fewest are where the two meet.
         whole, half = (-(-problem.N // box[0]) / box[2] for box in (self.box, self.half_box))
@@ -107,17 +108,17 @@ class ConvTile:
         )
 
     def boxes(self, problem: Conv2dProblem) -> int:
-        """How many boxes cover the outputs of one group; with `shift` a box stands for two columns.
+        """How many boxes cover the outputs of one group; a box stands for `columns` of them.
 
         With `half` a box and the half box beside it count as one.
         """
         n, h, w = self.box
         if self.formulation == "gather":
             return -(-problem.N * problem.P * problem.Q // n)
-        if self.half and not self.shift:
+        if self.half and self.columns == 1:
             return -(-problem.P // h) * self._in_row(problem, self.whole_columns(problem))
         h += h // 2 * self.half
-        return -(-problem.N // n) * -(-problem.P // h) * -(-problem.Q // (w + self.shift))
+        return -(-problem.N // n) * -(-problem.P // h) * -(-problem.Q // (w * self.columns))
 
     def __str__(self) -> str:
         box = "x".join(map(str, self.box)) if self.formulation == "box" else str(self.pixels)
@@ -125,7 +126,7 @@ class ConvTile:
         splits = f" /{self.splits}" if self.splits > 1 else f" by {self.block_k2}" if self.tail else ""
         splits += f" of {self.tail}" if self.tail else f" last /{self.last}" if self.last else ""
         rows = f"({self.block_k}+{self.block_k2})" if self.block_k2 else str(self.block_k)
-        rows = f"2x{self.block_k}" if self.shift else rows
+        rows = f"{self.columns}x{self.filters}" if self.columns > 1 else rows
         size = f"{box}*{rows}*{self.block_c}" + (f"*{self.taps} taps" if self.taps > 1 else "")
         size += " +half" if self.half else ""
         return f"{self.formulation} {size}{flat}{splits} w{self.num_warps} s{self.num_stages}"
@@ -167,31 +168,31 @@ def why_invalid(
         return f"num_warps={tile.num_warps}: allowed are {', '.join(map(str, WARPS))}"
     if tile.num_stages < 1:
         return f"num_stages={tile.num_stages} must be at least 1"
-    if tile.shift:
-        ready = problem.stride[1] == problem.dilation[1] == tile.box[2] == 1 and tile.block_k2 == tile.block_k
-        if pass_ == "wgrad" or tile.formulation == "gather" or not ready:
+    if tile.columns != 1:
+        ready = problem.together and problem.stride[1] == problem.dilation[1] == tile.box[2] == 1 and not tile.block_k2
+        if tile.columns < 1 or tile.formulation == "gather" or not ready:
             return (
-                "shift needs fprop or dgrad, one column a box, stride and dilation 1 along it, and block_k2 = block_k"
+                f"columns={tile.columns}: allowed is 1, and more in input gradients with pixel or box of one column, "
+                "stride and dilation 1 along it, several taps and block_k2=0"
             )
-    elif tile.block_k2 and (tile.block_k2 != power_of_two(tile.block_k2) or not 16 <= tile.block_k2 < tile.block_k):
+        if problem.group_filters > tile.filters:
+            return f"columns={tile.columns} of {problem.group_filters} channels are more than block_k={tile.block_k}"
+    if tile.block_k2 and (tile.block_k2 != power_of_two(tile.block_k2) or not 16 <= tile.block_k2 < tile.block_k):
         return f"block_k2={tile.block_k2} must be 0 or a power of two of at least 16, below block_k={tile.block_k}"
     if tile.half:
-        ready = tile.box[1] > 1 if tile.shift else tile.box[0] * tile.box[2] > 1 and tile.box[2] < problem.Q
+        ready = tile.box[1] > 1 if tile.columns > 1 else tile.box[0] * tile.box[2] > 1 and tile.box[2] < problem.Q
         ready = ready and tile.splits == 1
         if pass_ == "wgrad":
             ready = tile.taps == 1 and tile.block_c >= 32
         if tile.formulation == "gather" or not ready:
             return (
                 "half needs box or pixel; in fprop and dgrad splits 1, a box of two images or columns and columns "
-                "beside it (with shift a box of two rows); in wgrad taps 1 and block_c of at least 32"
+                "beside it (with columns a box of two rows); in wgrad taps 1 and block_c of at least 32"
             )
     if tile.splits < 1 or tile.tail < 0:
         return f"splits={tile.splits} must be at least 1 and tail={tile.tail} at least 0"
-    if tile.narrow and (pass_ == "wgrad" or tile.shift or tile.half or not tile.block_k2):
-        return (
-            f"tail={tile.tail} with splits=1 needs fprop or dgrad, and block_k2 filters beside block_k, without shift "
-            "and half"
-        )
+    if tile.narrow and (pass_ == "wgrad" or tile.half or not tile.block_k2):
+        return f"tail={tile.tail} with splits=1 needs fprop or dgrad, and block_k2 filters beside block_k, without half"
     if tile.narrow and fp32.parts(precision) > 1:
         return f"tail={tile.tail} with splits=1 multiplies no parts, and precision={precision!r} does"
     if (tile.block_k2 or tile.tail) and tile.formulation == "gather":

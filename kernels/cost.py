@@ -57,7 +57,7 @@ class Tile(Protocol):
     @property
     def flat(self) -> bool: ...
     @property
-    def shift(self) -> bool: ...
+    def columns(self) -> int: ...
     @property
     def half(self) -> bool: ...
     @property
@@ -172,14 +172,14 @@ def occupancy(registers_: int, shared: int, num_warps: int, gpu: GPU) -> int:
 
 @lru_cache(maxsize=8192)
 def _reached(
-    outputs: int, window: int, stride: int, before: int, dilation: int, extent: int, box: int, shift: int = 0
+    outputs: int, window: int, stride: int, before: int, dilation: int, extent: int, box: int, more: int = 0
 ) -> Pair:
     """Along one axis: boxes, and pairs of a box and a tap with a pixel inside the image.
 
-    With `shift` a box makes the next column too, and meets the taps of both.
+    A box makes so many `more` columns, and meets the taps of all.
     """
-    starts = range(0, outputs, box + shift)
-    window += shift
+    starts = range(0, outputs, box + more)
+    window += more
     pairs = 0
     for start in starts:
         first = start * stride - before
@@ -345,18 +345,18 @@ def _fprop_shape(problem: Conv2dProblem, tile: Tile) -> _Shape:
         images = -(-problem.N // n)
         rows, row_pairs = _reached(
             problem.P, problem.R, problem.stride[0], problem.padding[0][0], problem.dilation[0], problem.H,
-            h + h // 2 * (tile.half and tile.shift),
+            h + h // 2 * (tile.half and tile.columns > 1),
         )  # fmt: skip
         cols, col_pairs = _reached(
             problem.Q, problem.S, problem.stride[1], problem.padding[1][0], problem.dilation[1], problem.W, w,
-            int(tile.shift),
+            tile.columns - 1,
         )  # fmt: skip
         boxes, taps_of_row = images * rows * cols, col_pairs / cols
-        if tile.half and not tile.shift:  # a box and its half box lie apart: together they miss no tap of a row
+        if tile.half and tile.columns == 1:  # a box and its half box lie apart: together they miss no tap of a row
             boxes, taps_of_row = tile.boxes(problem), problem.S
         steps = row_pairs / rows * taps_of_row * -(-C // tile.block_c)
         pixels += pixels // 2 * tile.half
-        columns = problem.N * problem.P * problem.Q / (boxes * pixels * (1 + tile.shift))
+        columns = problem.N * problem.P * problem.Q / (boxes * pixels * tile.columns)
         inside = C / (-(-C // tile.block_c) * tile.block_c)
     tiles = boxes * row_tiles * problem.groups
     useful_rows = K / (row_tiles * tile.filters)

@@ -55,6 +55,9 @@ class Filters:
 class Conv2dProblem:
     """A 2-D cross-correlation: x [N, C, H, W], w [K, C/groups, R, S] -> y [N, K, P, Q].
 
+    `together` says that a kernel may make several columns of y from the same pixels, which multiplies pixels beside a
+    filter by zero: of gradients, where the taps of a row lie beside each other in the layer's filters.
+
     Raises ValueError, naming the extent, where channels do not divide into groups or no output is left.
     """
 
@@ -69,6 +72,7 @@ class Conv2dProblem:
     padding: Padding = ((0, 0), (0, 0))
     dilation: Pair = (1, 1)
     groups: int = 1
+    together: bool = False
 
     def __post_init__(self) -> None:
         if self.C % self.groups or self.K % self.groups:
@@ -140,6 +144,11 @@ class Conv2dProblem:
         columns = [_residue(self.W, self.Q, self.S, self.stride[1], self.padding[1], self.dilation[1], b)
                    for b in range(min(self.stride[1], self.W))]  # fmt: skip
         return tuple(self._dgrad_part(row, column) for row in rows for column in columns)
+
+    @cached_property
+    def transposed(self) -> tuple[DgradPart, ...]:
+        """`dgrad` of a transposed convolution, which is a forward pass: a NaN stays in its window."""
+        return tuple(replace(part, problem=replace(part.problem, together=False)) for part in self.dgrad)
 
     @cached_property
     def space_to_depth(self) -> Conv2dProblem:
@@ -228,6 +237,7 @@ class Conv2dProblem:
         problem = Conv2dProblem(
             N=self.N, C=self.K, H=self.P, W=self.Q, K=self.C, R=row.taps, S=column.taps,
             padding=(row.padding, column.padding), dilation=(row.dilation, column.dilation), groups=self.groups,
+            together=column.step == -1 and column.taps > 1,
         )  # fmt: skip
         filters = Filters(
             first=row.first * self.S + column.first, step_r=row.step * self.S, step_s=column.step, transposed=True

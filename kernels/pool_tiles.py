@@ -89,7 +89,7 @@ def why_invalid(
     tile: ConvTile, problem: Conv2dProblem, pool: Pool2dProblem, dtype: torch.dtype, precision: str, gpu: GPU
 ) -> str | None:
     """As conv_tile.why_invalid, for the kernel that convolves and pools."""
-    if tile.formulation == "gather" or tile.splits > 1 or tile.block_k2 or tile.shift or tile.half:
+    if tile.formulation == "gather" or tile.splits > 1 or tile.block_k2 or tile.columns > 1 or tile.half:
         return f"{tile}: the kernel that pools has no gather, no splits, no second product and no half boxes"
     if reason := conv_tile.why_invalid(tile, problem, "fprop", dtype, precision, gpu):
         return reason

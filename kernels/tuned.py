@@ -23,7 +23,7 @@ from tileconv.kernels.conv_tile import ConvTile
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "tiles_tuned.json"
 VARIABLE = "TILECONV_TILES"
 CACHE_VARIABLE = "TILECONV_CACHE"  # another cache folder; empty: no cache

@@ -250,11 +250,8 @@ SHARED = {
     "a second product": {"block_k": 32, "block_k2": 16},
     "a second product, shared": {"block_k": 32, "block_k2": 16, "splits": 2, "tail": 2},
     "a second product, the filters of the last three tiles shared": {"block_k": 32, "block_k2": 16, "tail": 3},
-    "the next column": {"box": (4, 4, 1), "block_k": 32, "block_k2": 32, "shift": True},
-    "the next column, shared": {"box": (4, 4, 1), "block_k": 32, "block_k2": 32, "shift": True, "splits": 3, "tail": 4},
     "half a box of images more": {"block_k": 32, "block_k2": 16, "half": True},
     "half a box of columns more": {"box": (1, 8, 2), "half": True},
-    "half a box of rows more": {"box": (8, 2, 1), "block_k": 32, "block_k2": 32, "shift": True, "half": True},
 }
 
 
@@ -273,6 +270,60 @@ def test_shared_depth_and_second_products(tile: dict[str, Any], memory_format: A
     assert torch.equal(y, again)
     exact = reference.conv2d_dgrad(y, w, x.shape, 1, 1, 1, groups)
     assert reference.error(dx, exact) <= 1e-5 * exact.abs().max().item()
+
+
+COLUMNS = {
+    "two of 24 in 64": {"box": (4, 4, 1), "block_k": 64, "columns": 2},
+    "one pixel": {"formulation": "pixel", "box": (16, 1, 1), "block_k": 64, "columns": 2},
+    "five, more than there are": {"box": (4, 4, 1), "block_k": 128, "columns": 5},
+    "shared": {"box": (4, 4, 1), "block_k": 64, "columns": 2, "splits": 3},
+    "the last four shared": {"box": (4, 4, 1), "block_k": 128, "columns": 2, "splits": 2, "tail": 4},
+    "half a box of rows more": {"box": (8, 2, 1), "block_k": 64, "columns": 2, "half": True},
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("channels", [24, 32], ids="{} channels".format)
+@pytest.mark.parametrize("tile", COLUMNS.values(), ids=COLUMNS)
+def test_several_columns_of_a_gradient(tile: dict[str, Any], channels: int, groups: int) -> None:
+    """Both ways out: blocks that their columns' channels fill leave as boxes, others by pointers."""
+    if channels * tile["columns"] > tile["block_k"]:
+        tile = tile | {"columns": tile["block_k"] // channels}
+    x, w, _ = operands(Case("", (3, channels * groups, 5, 7), (48 * groups, channels, 3, 3)), torch.float32)
+    for stride, padding, precision in (((1, 1), (1, 1), "ieee"), ((2, 1), (0, 2), "ieee"), ((1, 1), (2, 0), "tf32")):
+        y = F.conv2d(x.double(), w.double(), None, stride, padding, 1, groups)
+        dy = torch.randn(y.shape)
+        pads = [side for side in padding for _ in (0, 1)]
+        with tiles.override(**({"formulation": "box", "block_c": 32} | tile)):
+            arguments = (stride, pads, (1, 1), groups, precision, True)
+            dx = OPS.conv2d_dgrad(dy, w, x.shape, *arguments)
+        exact = reference.conv2d_dgrad(dy, w, x.shape, stride, padding, 1, groups)
+        assert reference.error(dx, exact) <= (1e-3 if precision == "tf32" else 1e-5) * exact.abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"columns": 3}, "columns=3 of 24 channels are more than block_k=64"),
+        ({"columns": 0}, "columns=0: allowed is 1, and more in input gradients"),
+        ({"columns": 2, "box": (2, 4, 2)}, "columns=2: allowed is 1, and more in input gradients"),
+    ],
+    ids=str,
+)
+def test_columns_that_cannot_be_made_together(changes: dict[str, Any], error: str) -> None:
+    w, dy = torch.randn(48, 24, 3, 3), torch.randn(2, 48, 5, 7)
+    tile = {"formulation": "box", "box": (4, 4, 1), "block_k": 64, "block_c": 32} | changes
+    with tiles.override(**tile), pytest.raises(ValueError, match=error):
+        OPS.conv2d_dgrad(dy, w, (2, 24, 5, 7), (1, 1), (1,) * 4, (1, 1), 1, "ieee", True)
+
+
+def test_no_forward_pass_makes_several_columns() -> None:
+    """They multiply what is beside a window by zero; only a gradient may carry a NaN so far."""
+    x, w = torch.randn(2, 48, 5, 7), torch.randn(48, 24, 3, 3)
+    tile = {"formulation": "box", "box": (4, 4, 1), "block_k": 64, "block_c": 32, "columns": 2}
+    for run in (lambda: tk.conv2d(x, w.transpose(0, 1)), lambda: tk.conv_transpose2d(x, w)):
+        with tiles.override(**tile), pytest.raises(ValueError, match="columns=2: allowed is 1"):
+            run()
 
 
 @pytest.mark.parametrize("box", [(16, 1, 1), (2, 4, 2)], ids=["pixel", "box"])

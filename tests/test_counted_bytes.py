@@ -123,12 +123,13 @@ def test_shared_depth_by_pointers(name):
         agrees(conv.plan_dgrad(problem, y, w, x, gpu=GPU))
 
 
-COLUMN = BOX | {"box": (4, 4, 1), "block_k2": 32, "shift": True}
+COLUMNS = BOX | {"box": (4, 4, 1), "block_k": 64, "columns": 2}
 
 
 @pytest.mark.parametrize(
-    "tile", [PIXEL, BOX, GATHER, COLUMN, COLUMN | {"splits": 2, "tail": 3}, COLUMN | {"box": (8, 2, 1), "half": True}],
-    ids=["pixel", "box", "gather", "next column", "next column, the last three shared", "next column, half a box more"],
+    "tile",
+    [PIXEL, BOX, GATHER, COLUMNS, COLUMNS | {"splits": 2, "tail": 3}, COLUMNS | {"box": (8, 2, 1), "half": True}],
+    ids=["pixel", "box", "gather", "columns", "columns, the last three shared", "columns, half a box more"],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["3x3", "grouped", "5x5 wide padding"])
 def test_dgrad(name, tile):

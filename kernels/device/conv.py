@@ -62,23 +62,33 @@ def _pair_origin(
 
 @triton.jit
 def _store_pixels(
-    y, out, i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, box_h, box_w
+    y, out, i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, box_h, box_w,
+    INDEX: tl.constexpr, COLUMNS: tl.constexpr = 1, COLUMN_K: tl.constexpr = 0,
 ):  # fmt: skip
-    # out[k, i] for filters k of group g and flat pixels i of the box at (n, p, q).
+    # out[k, i] for filters k of group g and flat pixels i of the box at (n, p, q).  With COLUMNS k counts through the
+    # filters of so many, and a box has one.
     i_n = n + i // (box_h * box_w)
     i_p = p + (i // box_w) % box_h
     i_q = q + i % box_w
-    pixels = i_n.to(tl.int64) * stride_yn + i_p.to(tl.int64) * stride_yp + i_q.to(tl.int64) * stride_yq
+    pixels = i_n.to(INDEX) * stride_yn + i_p.to(INDEX) * stride_yp + i_q.to(INDEX) * stride_yq
     inside = (i_n < N) & (i_p < P) & (i_q < Q)
-    rows = (g * K + k).to(tl.int64) * stride_yk
-    tl.store(y + rows[:, None] + pixels[None, :], out, mask=(k < K)[:, None] & inside[None, :])
+    valid = k < K
+    if COLUMNS > 1:
+        column = k // COLUMN_K
+        valid = (column < COLUMNS) & (q + column < Q)
+        k = k % COLUMN_K
+        rows = (g * K + k).to(INDEX) * stride_yk + column.to(INDEX) * stride_yq
+    else:
+        rows = (g * K + k).to(INDEX) * stride_yk
+    tl.store(y + rows[:, None] + pixels[None, :], out, mask=valid[:, None] & inside[None, :])
 
 
 # GEMM_M: filters of one group.  GEMM_N: output pixels, a [BOX_N, BOX_H, BOX_W] box of them.
 # GEMM_K: (r, s, c), taps that lie outside the image for the whole box are skipped.
 # With BOX_H = BOX_W = 1 ("pixel") a box never straddles the border, and stride only moves a coordinate.
-# With SHIFT a second product makes the next output column: what its tap s - 1 reads is what tap s of the first reads.
-# With HALF a program makes half a box more with the same filters, 192 pixels of 128 + 64: below its box with SHIFT,
+# With COLUMNS a box of one column meets the filters of so many output columns: what tap s - 1 of the next one reads is
+# what tap s of the first reads, so their filters lie one behind the other in a row of taps, with zeros beside it.
+# With HALF a program makes half a box more with the same filters, 192 pixels of 128 + 64: below its box with COLUMNS,
 # else elsewhere in the same rows.
 # Programs from FULL on share a tile: SPLITS of them its depth, and fprop_finish adds what they leave in `parts`; or,
 # with NARROW, its filters, BLOCK_K2 each.
@@ -87,6 +97,7 @@ def fprop_box(
     x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_C]
     x_half,  # the same with half a box, or None
     w,  # descriptor of the filters as a matrix: [rows, taps * PARTS * C], box [BLOCK_K, BLOCK_C]; turned if TRANSPOSED
+    # with COLUMNS of a matrix for each row of taps: see _row_load
     w2,  # the same with a box of BLOCK_K2 rows, or None
     y,  # descriptor of [N, P, Q, (GROUPS,) K], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_K]; a pointer if not STORE_BOX
     # None where all tiles are shared
@@ -97,8 +108,7 @@ def fprop_box(
     seed,  # of dropout: pointer to one int64, or None
     parts,  # pointer to [tiles from FULL on, SPLITS, BLOCK_K + BLOCK_K2, pixels of a box], or None
     FULL,
-    WIDTH,  # columns of w
-    WHOLE,  # columns of y that whole boxes make, with HALF and without SHIFT; else 0
+    WHOLE,  # columns of y that whole boxes make, with HALF and without COLUMNS; else 0
     N,
     H,
     W,
@@ -129,6 +139,7 @@ def fprop_box(
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,  # the type that counts y's elements, or None; P = Q = GROUPS = 1
     STORE_BOX: tl.constexpr,
+    INDEX: tl.constexpr,  # the type that counts y's elements
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,  # of x and w
@@ -140,19 +151,19 @@ def fprop_box(
     BLOCK_K: tl.constexpr,
     BLOCK_K2: tl.constexpr,  # filters of a second product on the same pixels: 128 + 64 wastes no column of 192 or 384
     BLOCK_C: tl.constexpr,
-    SHIFT: tl.constexpr,  # 0, or 1 with BOX_W = 1, BLOCK_K2 = BLOCK_K, stride and dilation 1 along W
-    HALF: tl.constexpr,  # 0, or 1 with SPLITS = 1: half the rows with SHIFT, else half the images or columns
-    NARROW: tl.constexpr,  # BLOCK_K2 divides BLOCK_K; SHIFT = HALF = 0, SPLITS = PARTS = 1
+    COLUMNS: tl.constexpr,  # 1, or more with BOX_W = 1, BLOCK_K2 = 0, stride and dilation 1 along W, TAP_S = -1
+    COLUMN_K: tl.constexpr,  # K if COLUMNS are more than one, else 0
+    HALF: tl.constexpr,  # 0, or 1 with SPLITS = 1: half the rows with COLUMNS, else half the images or columns
+    NARROW: tl.constexpr,  # BLOCK_K2 divides BLOCK_K; COLUMNS = 1, HALF = 0, SPLITS = PARTS = 1
 ):
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
-    NEXT_K: tl.constexpr = BLOCK_K2 if SHIFT else BLOCK_K + BLOCK_K2
     ROWS: tl.constexpr = BLOCK_K + BLOCK_K2
-    BELOW: tl.constexpr = HALF * SHIFT
+    BELOW: tl.constexpr = HALF and COLUMNS > 1
     HALF_N: tl.constexpr = BOX_N if BELOW or BOX_N == 1 else BOX_N // 2
     HALF_H: tl.constexpr = BOX_H // 2 if BELOW else BOX_H
     HALF_W: tl.constexpr = BOX_W if BELOW or BOX_N > 1 else BOX_W // 2
-    TALL: tl.constexpr = BOX_H + HALF_H * BELOW
-    tl.static_assert(SHIFT == 0 or (BOX_W == 1 and DIL_W == 1 and BLOCK_K2 == BLOCK_K))
+    TALL: tl.constexpr = BOX_H + HALF_H if BELOW else BOX_H
+    tl.static_assert(COLUMNS == 1 or (BOX_W == 1 and DIL_W == 1 and BLOCK_K2 == 0 and TAP_S == -1))
     tl.static_assert(HALF == 0 or DROPOUT is None)  # half a box takes another column, a linear layer has one
     t = tl.program_id(0)
     part = 0
@@ -174,7 +185,7 @@ def fprop_box(
         )
         p_half = p
     else:
-        k0, g, n, p, q = box_origin(t, N, P, Q, K, GROUPS, BOX_N, TALL, BOX_W + SHIFT, NEXT_K)
+        k0, g, n, p, q = box_origin(t, N, P, Q, K, GROUPS, BOX_N, TALL, BOX_W * COLUMNS, ROWS)
         n_half, p_half, q_half = n, p + BOX_H, q
     h0 = p * stride_h - pad_h
     w0 = q * stride_w - pad_w
@@ -182,7 +193,7 @@ def fprop_box(
     r_lo = tl.maximum(0, tl.cdiv(1 - TALL - h0, DIL_H))
     r_hi = tl.minimum(R, tl.maximum(0, tl.cdiv(H - h0, DIL_H)))
     s_lo = tl.maximum(0, tl.cdiv(1 - BOX_W - w0, DIL_W))
-    s_hi = tl.minimum(S + SHIFT, tl.maximum(0, tl.cdiv(W - w0, DIL_W)))
+    s_hi = tl.minimum(S + COLUMNS - 1, tl.maximum(0, tl.cdiv(W - w0, DIL_W)))
     h_half = p_half * stride_h - pad_h
     w_half = q_half * stride_w - pad_w
     if HALF and not BELOW:
@@ -210,6 +221,8 @@ def fprop_box(
                 box = pixel_load(x, n, h0 + r * DIL_H, w0 + s * DIL_W, g, c, GROUPS, False, PIXELS, BLOCK_C)
                 column = (TAP_0 + r * TAP_R + s * TAP_S) * (K if TRANSPOSED else C)
                 filters = _filter_load(w2, g, c, k0, 0, C, K, column, TRANSPOSED)
+                if TRANSPOSED:
+                    filters = filters.T
                 acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
                 c, s, r = next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
             k = k0 + tl.arange(0, BLOCK_K2)
@@ -217,7 +230,7 @@ def fprop_box(
             acc = finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
             store_box(
                 y2, acc.to(OUT), k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
-                GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
+                GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2, INDEX,
             )  # fmt: skip
             return
     acc = tl.zeros((BLOCK_K, PIXELS), ACC)
@@ -240,24 +253,26 @@ def fprop_box(
                     x_half, n_half, h_half + r * DIL_H, w_half + s * DIL_W, plane, c, GROUPS * PARTS, False,
                     PIXELS // 2, BLOCK_C,
                 )  # fmt: skip
-            tap = TAP_0 + r * TAP_R + s * TAP_S
-            beside = (w_parts & 3) * (K if TRANSPOSED else C) if small else 0
-            column = tap * width + beside
-            if SHIFT:  # a tap that the filters do not have lies beyond the matrix, and so is zero
-                column = tl.where(s < S, column, WIDTH)
-            filters = _filter_load(w, g, c, k0, 0, C, K, column, TRANSPOSED)
+            if COLUMNS > 1:
+                w_part = w_parts & 3 if small else 0
+                filters = _row_load(w, w_part, r, s, g, c, C, COLUMN_K, S, TAP_0, TAP_R, TRANSPOSED, BLOCK_K, BLOCK_C)
+            else:
+                beside = (w_parts & 3) * (K if TRANSPOSED else C) if small else 0
+                column = (TAP_0 + r * TAP_R + s * TAP_S) * width + beside
+                filters = _filter_load(w, g, c, k0, 0, C, K, column, TRANSPOSED)
+            if BLOCK_K2:
+                filters2 = _filter_load(w2, g, c, k0, BLOCK_K, C, K, column, TRANSPOSED)
+            if TRANSPOSED:  # now, because loads with nothing between them share a barrier
+                filters = filters.T
+                if BLOCK_K2:
+                    filters2 = filters2.T
             acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
             if HALF:
                 acc_half = tl.dot(filters, box_half.T, acc_half, input_precision=PRECISION, out_dtype=ACC)
             if BLOCK_K2:
-                below = BLOCK_K
-                if SHIFT:
-                    below = 0
-                    column = tl.where(s > 0, (tap - TAP_S) * width + beside, WIDTH)
-                filters = _filter_load(w2, g, c, k0, below, C, K, column, TRANSPOSED)
-                acc2 = tl.dot(filters, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+                acc2 = tl.dot(filters2, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
                 if HALF:
-                    acc2_half = tl.dot(filters, box_half.T, acc2_half, input_precision=PRECISION, out_dtype=ACC)
+                    acc2_half = tl.dot(filters2, box_half.T, acc2_half, input_precision=PRECISION, out_dtype=ACC)
             c, s, r = next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
             if small:
                 step, wrap, x_parts, w_parts = next_product(step, steps, x_parts, w_parts)
@@ -283,30 +298,34 @@ def fprop_box(
     if y is not None:  # else all tiles are shared
         k = k0 + tl.arange(0, BLOCK_K)
         image = n + tl.arange(0, PIXELS) // (BOX_H * BOX_W)
+        if COLUMNS > 1:
+            k = k % COLUMN_K
         acc = finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
         store_box(
             y, acc.to(OUT), k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
-            GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K,
+            GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K, INDEX, COLUMNS, COLUMN_K,
         )  # fmt: skip
         if HALF:
             acc_half = bias_and_activation(acc_half, bias, g, k, K, HAS_BIAS, ACTIVATION)
             store_box(
                 y_half, acc_half.to(OUT), k0, g, n_half, p_half, q_half, N, P, Q, K,
                 stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX, HALF_N, HALF_H, HALF_W, BLOCK_K,
+                INDEX, COLUMNS, COLUMN_K,
             )  # fmt: skip
         if BLOCK_K2:
-            k1 = k0 if SHIFT else k0 + BLOCK_K
+            k1 = k0 + BLOCK_K
             k = k1 + tl.arange(0, BLOCK_K2)
             acc2 = finished(acc2, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
             store_box(
-                y2, acc2.to(OUT), k1, g, n, p, q + SHIFT, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
-                GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2,
+                y2, acc2.to(OUT), k1, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
+                GROUPS, STORE_BOX, BOX_N, BOX_H, BOX_W, BLOCK_K2, INDEX,
             )  # fmt: skip
             if HALF:
                 acc2_half = bias_and_activation(acc2_half, bias, g, k, K, HAS_BIAS, ACTIVATION)
                 store_box(
-                    y2_half, acc2_half.to(OUT), k1, g, n_half, p_half, q_half + SHIFT, N, P, Q, K,
+                    y2_half, acc2_half.to(OUT), k1, g, n_half, p_half, q_half, N, P, Q, K,
                     stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX, HALF_N, HALF_H, HALF_W, BLOCK_K2,
+                    INDEX,
                 )  # fmt: skip
 
 
@@ -314,26 +333,44 @@ def fprop_box(
 def _filter_load(w, g, c, k0, below, C, K, column, TRANSPOSED: tl.constexpr):
     # In this order: (k0 + below) + column makes 64 x (128 + 64) tiles of one tap wait for every product.
     if TRANSPOSED:
-        return w.load([g * C + c, column + k0 + below]).T
+        return w.load([g * C + c, column + k0 + below])
     else:
         return w.load([g * K + k0 + below, column + c])
+
+
+@triton.jit
+def _row_load(
+    w, part, r, s, g, c, C, COLUMN_K: tl.constexpr, S: tl.constexpr, TAP_0: tl.constexpr, TAP_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # The filters that a box of pixels meets for all columns of a program, from w [PARTS, rows of taps, depth, S * K],
+    # or [groups, rows of taps, S * K, C] if not TRANSPOSED.  Beside a row of taps the copy engine fills in zeros.
+    row = TAP_0 // S + r * (TAP_R // S)
+    if TRANSPOSED:
+        return w.load([part, row, g * C + c, (S - 1 - s) * COLUMN_K]).reshape(BLOCK_C, BLOCK_K)
+    else:
+        return w.load([g, row, (S - 1 - s) * COLUMN_K, c]).reshape(BLOCK_K, BLOCK_C)
 
 
 @triton.jit
 def store_box(
     y, out, k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, GROUPS: tl.constexpr,
     STORE_BOX: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, ROWS: tl.constexpr,
+    INDEX: tl.constexpr = tl.int64,
+    COLUMNS: tl.constexpr = 1,  # if more, BOX_W = 1, and ROWS = COLUMNS * COLUMN_K with STORE_BOX
+    COLUMN_K: tl.constexpr = 0,
 ):  # fmt: skip
     if not STORE_BOX:
         k = k0 + tl.arange(0, ROWS)
         i = tl.arange(0, BOX_N * BOX_H * BOX_W)
         _store_pixels(
-            y, out, i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W
+            y, out, i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W,
+            INDEX, COLUMNS, COLUMN_K,
         )  # fmt: skip
     elif GROUPS == 1:
-        y.store([n, p, q, k0], out.T.reshape(BOX_N, BOX_H, BOX_W, ROWS))
+        y.store([n, p, q, k0], out.T.reshape(BOX_N, BOX_H, BOX_W * COLUMNS, ROWS // COLUMNS))
     else:
-        y.store([n, p, q, g, k0], out.T.reshape(BOX_N, BOX_H, BOX_W, 1, ROWS))
+        y.store([n, p, q, g, k0], out.T.reshape(BOX_N, BOX_H, BOX_W * COLUMNS, 1, ROWS // COLUMNS))
 
 
 # y[k, pixel] = activation(bias + parts[0] + parts[1] + ...), always in this order, for the tiles that were shared; with
@@ -361,13 +398,15 @@ def fprop_finish(
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,
     OUT: tl.constexpr,
+    INDEX: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
     ROWS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    COUNTED: tl.constexpr,  # FULL = SHIFT = 0 and BOX_H = BOX_W = 1
-    BLOCK_K: tl.constexpr,  # divides ROWS, and half of it with SHIFT
+    COLUMNS: tl.constexpr,
+    COLUMN_K: tl.constexpr,
+    COUNTED: tl.constexpr,  # FULL = 0 and BOX_H = BOX_W = COLUMNS = 1
+    BLOCK_K: tl.constexpr,  # divides ROWS
     BLOCK_P: tl.constexpr,  # divides the pixels of a box
 ):
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
@@ -376,27 +415,25 @@ def fprop_finish(
     block = tl.program_id(0) % BLOCKS
     row = block % (ROWS // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
     i = block // (ROWS // BLOCK_K) * BLOCK_P + tl.arange(0, BLOCK_P)
-    NEXT_K: tl.constexpr = ROWS // 2 if SHIFT else ROWS
     if COUNTED:
-        k0, g, n, p, q = box_origin(t, N * P * Q, 1, 1, K, GROUPS, BOX_N, BOX_H, BOX_W, NEXT_K)
+        k0, g, n, p, q = box_origin(t, N * P * Q, 1, 1, K, GROUPS, BOX_N, BOX_H, BOX_W, ROWS)
     else:
-        k0, g, n, p, q = box_origin(FULL + t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W + SHIFT, NEXT_K)
+        k0, g, n, p, q = box_origin(FULL + t, N, P, Q, K, GROUPS, BOX_N, BOX_H, BOX_W * COLUMNS, ROWS)
     slot = parts + t.to(tl.int64) * (SPLITS * ROWS * PIXELS)
     acc = tl.zeros((BLOCK_K, BLOCK_P), parts.dtype.element_ty)
     for part in tl.range(SPLITS):
         acc += tl.load(slot + part * (ROWS * PIXELS) + (row * PIXELS)[:, None] + i[None, :])
     k = k0 + row
-    if SHIFT:  # the rows of the second product are those of the first, one column on
-        second = block % (ROWS // BLOCK_K) * BLOCK_K // NEXT_K
-        k -= second * NEXT_K
-        q += second
     image = n + i // (BOX_H * BOX_W)  # a flat pixel is one where there is dropout
-    acc = finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
+    own = k % COLUMN_K if COLUMNS > 1 else k
+    acc = finished(acc, bias, seed, g, own, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
     if COUNTED:  # flat pixels of all images are those of a box of whole ones
         _store_pixels(
-            y, acc.to(OUT), image, k, g, 0, 0, 0, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q
+            y, acc.to(OUT), image, k, g, 0, 0, 0, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, P, Q,
+            INDEX,
         )  # fmt: skip
     else:
         _store_pixels(
-            y, acc.to(OUT), i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W
+            y, acc.to(OUT), i, k, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, BOX_H, BOX_W,
+            INDEX, COLUMNS, COLUMN_K,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from tileconv.kernels.launch.descriptors import (
     image_descriptor,
     matrix_descriptor,
     pixel_descriptor,
+    row_descriptor,
     row_length,
 )
 from tileconv.kernels.launch.layout import (
@@ -89,26 +90,27 @@ def plan_fprop(
             blocks, x, w, bias, y, gpu=gpu, activation=activation, precision=precision, batch_invariant=batch_invariant
         )
         return [to_blocks, filters_to_blocks, *rest]
-    x, w, before = _as_multiplied(x, w, precision, gpu)
+    (x, copy_x), (w, copy_w) = (_as_multiplied(operand, precision, gpu) for operand in (x, w))
     out, after = by_channels_last(y, gpu=gpu)
     settings: dict[str, Any] = {"activation": activation, "precision": precision, "batch_invariant": batch_invariant}
     if seed is not None:
         settings["drops"] = {"seed": seed, "dropout": dropout, "scale": dropout_scale(dropout),
                              "DROPOUT": index_type(y)}  # fmt: skip
-    return [*before, *_plan_product(problem, problem.filters, x, w, bias, out, gpu=gpu, **settings), *after]
+    product = _plan_product(problem, problem.filters, x, w, bias, out, gpu=gpu, **settings)
+    return [*copy_x, *copy_w, *product, *after]
 
 
 def _plan_product(
     problem: Conv2dProblem, filters: Filters, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
     y: torch.Tensor, *, gpu: GPU, activation: str | None, precision: str, batch_invariant: bool,
-    drops: Mapping[str, Any] = NO_DROPOUT, turned: torch.Tensor | None = None,
+    drops: Mapping[str, Any] = NO_DROPOUT,
 ) -> list[Launch]:  # fmt: skip
     """The launches of plan_fprop's products; x and w are in parts if `precision` splits them.
 
-    `filters` says how the problem reads w, the layer's own: dgrad runs on the filters of fprop, transposed, or on
-    `turned`, where cost.filters_turned says so.  `drops` are the kernels' arguments for dropout.
+    `filters` says how the problem reads w, the layer's own: dgrad runs on the filters of fprop, transposed, or as
+    _filters_of_gradient leaves them.  `drops` are the kernels' arguments for dropout.
     """
-    pass_ = "dgrad" if filters.transposed else "fprop"
+    pass_ = _pass(filters)
     tile = tiles.choose(problem, pass_, y.dtype, precision, gpu, batch_invariant=batch_invariant)
     common: dict[str, Any] = {
         "bias": bias, "N": problem.N, "H": problem.H, "W": problem.W, "P": problem.P, "Q": problem.Q,
@@ -122,9 +124,12 @@ def _plan_product(
     if tile.formulation == "gather":
         return _plan_gather(problem, filters, tile, x, w, y, common, gpu)
     if cost.filters_turned(tile, pass_, y.dtype, precision, gpu):
-        assert turned is not None
-        w, filters = turned, replace(filters, transposed=False)
+        filters = replace(filters, transposed=False)
     return _plan_box(problem, filters, tile, x, w, y, common, gpu)
+
+
+def _pass(filters: Filters) -> str:
+    return "dgrad" if filters.transposed else "fprop"
 
 
 def plan_dgrad(
@@ -134,40 +139,67 @@ def plan_dgrad(
     """The launches that write dx."""
     if _depthwise(problem):
         return depthwise.plan_dgrad(problem, dy, w, dx, gpu=gpu)
-    return plan_transpose(problem, dy, w, None, dx, gpu=gpu, precision=precision, batch_invariant=batch_invariant)
+    return plan_transpose(
+        problem, dy, w, None, dx, gpu=gpu, precision=precision, batch_invariant=batch_invariant, gradient=True
+    )
 
 
 def plan_transpose(
     problem: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, *, gpu: GPU,
-    activation: str | None = None, precision: str = "ieee", batch_invariant: bool = False,
+    activation: str | None = None, precision: str = "ieee", batch_invariant: bool = False, gradient: bool = False,
     only: DgradPart | None = None,
 ) -> list[Launch]:  # fmt: skip
     """As plan_dgrad, from x [N, K, P, Q] to y [N, C, H, W] of the problem, with a bias [C] and an activation.
 
-    That is fprop on the rephrased problems, one for each residue of the input pixel, or on `only` one of them.
+    That is fprop on the rephrased problems, one for each residue of the input pixel, or on `only` one of them.  Of a
+    `gradient` a NaN may reach the pixels beside its window.
     """
-    parts: Sequence[DgradPart] = problem.dgrad if only is None else (only,)
+    parts: Sequence[DgradPart] = problem.dgrad if gradient else problem.transposed
+    parts = parts if only is None else (only,)
     launches: list[Launch] = []
     if only is None and padded.applies(problem, "dgrad", x.dtype, precision, gpu, batch_invariant=batch_invariant):
         parts = padded.parts(problem, x.dtype)
         (x, copy_x), (w, copy_w) = padded.image(x, gpu), padded.transposed_filters(w, gpu)
         launches = [*copy_x, *copy_w]
-    x, w, before = _as_multiplied(x, w, precision, gpu)
-    launches += before
+    x, copy_x = _as_multiplied(x, precision, gpu)
+    launches += copy_x
     out, after = by_channels_last(y, gpu=gpu) if only is None else (y, [])
-    turned = None
+    copies: dict[tuple[bool, bool], torch.Tensor] = {}
     for part in parts:
-        tile = tiles.choose(part.problem, "dgrad", y.dtype, precision, gpu, batch_invariant=batch_invariant)
-        if part.filters.transposed and turned is None and cost.filters_turned(tile, "dgrad", y.dtype, precision, gpu):
-            turned, turn = with_channels_first(_filters(w), problem.groups, gpu=gpu)
-            launches.append(turn)
-    for part in parts:
+        pass_ = _pass(part.filters)
+        tile = tiles.choose(part.problem, pass_, y.dtype, precision, gpu, batch_invariant=batch_invariant)
+        form = cost.filters_turned(tile, pass_, y.dtype, precision, gpu), tile.columns > 1
+        if form not in copies:
+            copies[form], copy_w = _filters_of_gradient(w, problem.groups, precision, gpu, *form)
+            launches += copy_w
         residue = out[:, :, part.offset[0] :: part.stride[0], part.offset[1] :: part.stride[1]]
         launches += _plan_product(
-            part.problem, part.filters, x, w, bias, residue, gpu=gpu, activation=activation, precision=precision,
-            batch_invariant=batch_invariant, turned=turned,
+            part.problem, part.filters, x, copies[form], bias, residue, gpu=gpu, activation=activation,
+            precision=precision, batch_invariant=batch_invariant,
         )  # fmt: skip
     return launches + after
+
+
+def _filters_of_gradient(
+    w: torch.Tensor, groups: int, precision: str, gpu: GPU, turned: bool, in_rows: bool
+) -> tuple[torch.Tensor, list[Launch]]:
+    """The layer's filters as an input gradient's kernels read them, and the launches that make them so.
+
+    That is [K, C/groups, R, S], `turned` with_channels_first; `in_rows` what row_descriptor describes.
+    """
+    if turned:
+        copy, turn = with_channels_first(_filters(w), groups, gpu=gpu, taps_first=in_rows)
+        return copy, [turn]
+    if not in_rows:
+        return _as_multiplied(w, precision, gpu)
+    parts, launches = fp32.parts(precision), []
+    if parts > 1:
+        w, launch = plan_split(w, precision, gpu=gpu, apart=True)
+        launches = [launch]
+    else:
+        w, launches = in_channels_last(w, gpu=gpu)
+    rows = aligned(_filters(w)).permute(0, 2, 3, 1).flatten(2)
+    return rows.unflatten(0, (parts, -1)).transpose(1, 2), launches
 
 
 def plan_wgrad(
@@ -195,7 +227,8 @@ def plan_wgrad(
     turned = tile.formulation == "pixel" and cost.turned(problem, x.dtype, precision, gpu)
     before: list[Launch] = []
     if not turned:
-        x, dy, before = _as_multiplied(x, dy, precision, gpu)
+        (x, copy_x), (dy, copy_dy) = (_as_multiplied(operand, precision, gpu) for operand in (x, dy))
+        before = [*copy_x, *copy_dy]
     matrix = dw.permute(0, 2, 3, 1)
     parts = matrix if tile.splits == 1 else _slices(tile.splits, dw)
     arguments: dict[str, Any] = {
@@ -255,20 +288,16 @@ def _turn(image: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, Launch]:
     return images, plan_turn(rows[None, None], turned[None, None], gpu=gpu)
 
 
-def _as_multiplied(
-    a: torch.Tensor, b: torch.Tensor, precision: str, gpu: GPU
-) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
-    """Both operands of a product as its kernels read them, and the launches that make them so.
+def _as_multiplied(operand: torch.Tensor, precision: str, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
+    """An operand of a product as its kernels read it, and the launches that make it so.
 
-    They are split if `precision` asks for it, contiguous ones become channels_last.  Filters are so in every call: they
+    It is split if `precision` asks for it, a contiguous one becomes channels_last.  Filters are so in every call: they
     are small, and a call cannot see whether they have changed.
     """
     if fp32.parts(precision) > 1:
-        a, first = plan_split(a, precision, gpu=gpu)
-        b, second = plan_split(b, precision, gpu=gpu)
-        return a, b, [first, second]
-    (a, first_copy), (b, second_copy) = in_channels_last(a, gpu=gpu), in_channels_last(b, gpu=gpu)
-    return a, b, first_copy + second_copy
+        parts, launch = plan_split(operand, precision, gpu=gpu)
+        return parts, [launch]
+    return in_channels_last(operand, gpu=gpu)
 
 
 def _arithmetic(dtype: torch.dtype, precision: str) -> dict[str, Any]:
@@ -305,19 +334,22 @@ def _plan_box(
     problem: Conv2dProblem, filters: Filters, tile: ConvTile,
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any], gpu: GPU,
 ) -> list[Launch]:  # fmt: skip
-    matrix = aligned(_filter_matrix(w))
+    matrix = w if tile.columns > 1 else aligned(_filter_matrix(w))
 
     def filter_box(rows: int) -> TensorDescriptor | None:
         box = (tile.block_c, rows) if filters.transposed else (rows, tile.block_c)
-        return matrix_descriptor(matrix, box) if rows else None
+        describe = row_descriptor if tile.columns > 1 else matrix_descriptor
+        return describe(matrix, box) if rows else None
 
     planes = problem.groups * common["PARTS"]
-    store_box = describable(y, problem.groups)
+    filled = tile.columns == 1 or tile.columns * problem.group_filters == tile.block_k
+    store_box = describable(y, problem.groups) and filled
 
     def output_box(rows: int, box: tuple[int, int, int] | None = tile.box) -> TensorDescriptor | torch.Tensor | None:
         if not rows or box is None:
             return None
-        return image_descriptor(y, problem.groups, box, rows) if store_box else y
+        box = box[0], box[1], box[2] * tile.columns
+        return image_descriptor(y, problem.groups, box, rows // tile.columns) if store_box else y
 
     programs = tile.boxes(problem) * problem.groups * triton.cdiv(problem.group_filters, tile.filters)
     last = min(tile.tail or programs, programs)
@@ -325,18 +357,19 @@ def _plan_box(
     narrow = last if tile.narrow else 0
     parts = _partial_sums(tile, shared, y)
     where = {"FULL": programs - shared - narrow, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
-             "BOX_W": tile.box[2], "SHIFT": int(tile.shift)}  # fmt: skip
+             "BOX_W": tile.box[2], "COLUMNS": tile.columns,
+             "COLUMN_K": problem.group_filters if tile.columns > 1 else 0}  # fmt: skip
     image, half = for_descriptor(x, planes), tile.half_box
     arguments = common | where | {
         "x": image_descriptor(image, planes, tile.box, tile.block_c),
         "x_half": image_descriptor(image, planes, half, tile.block_c) if half else None,
         "y_half": output_box(tile.block_k, half), "y2_half": output_box(tile.block_k2, half),
-        "WHOLE": tile.whole_columns(problem) if half and not tile.shift else 0, "HALF": int(tile.half),
+        "WHOLE": tile.whole_columns(problem) if half and tile.columns == 1 else 0, "HALF": int(tile.half),
         "w": filter_box(tile.block_k), "w2": filter_box(tile.block_k2),
         "y": output_box(tile.block_k), "y2": output_box(tile.block_k2), "parts": parts,
         "stride_h": problem.stride[0], "stride_w": problem.stride[1],
-        "TRANSPOSED": filters.transposed, "STORE_BOX": store_box, "BLOCK_K2": tile.block_k2,
-        "WIDTH": matrix.shape[1], "NARROW": int(narrow > 0),
+        "TRANSPOSED": filters.transposed, "STORE_BOX": store_box, "INDEX": index_type(y), "BLOCK_K2": tile.block_k2,
+        "NARROW": int(narrow > 0),
     }  # fmt: skip
     if shared == programs:  # fprop_finish writes, and drops, for all of them
         arguments |= {"y": None, "y2": None, "STORE_BOX": False, **NO_DROPOUT}
@@ -361,12 +394,13 @@ def _plan_finish(tile: ConvTile, parts: torch.Tensor, y: torch.Tensor, known: di
     # Of few outputs blocks of four a thread: more SMs take part, and as compiled three to six parts are on their way at
     # a time, where of sixteen a thread it is one.
     few = parts.numel() // tile.splits < 4 * gpu.sms * 64 * block_p
-    block_k = math.gcd(tile.filters, 1024 if gpu.interprets else 16 if few else 64)
+    block_k = math.gcd(tile.rows, 1024 if gpu.interprets else 16 if few else 64)
     names = ("bias", "FULL", "N", "P", "Q", "K", "stride_yn", "stride_yp", "stride_yq", "stride_yk", "GROUPS", "SPLITS",
-             "HAS_BIAS", "ACTIVATION", "OUT", "BOX_N", "BOX_H", "BOX_W", "SHIFT", *NO_DROPOUT)  # fmt: skip
+             "HAS_BIAS", "ACTIVATION", "OUT", "BOX_N", "BOX_H", "BOX_W", "COLUMNS", "COLUMN_K",
+             *NO_DROPOUT)  # fmt: skip
     arguments = {name: known[name] for name in names}
     arguments |= {"parts": parts, "y": y, "ROWS": tile.rows, "COUNTED": tile.formulation == "gather",
-                  "BLOCK_K": block_k, "BLOCK_P": block_p}  # fmt: skip
+                  "INDEX": index_type(y), "BLOCK_K": block_k, "BLOCK_P": block_p}  # fmt: skip
     programs = parts.shape[0] * (tile.rows // block_k) * (tile.pixels // block_p)
     return Launch(device.fprop_finish, (programs,), arguments, 4, 1, f"{block_k}x{block_p}")
 
@@ -396,7 +430,8 @@ def _plan_gather(
     first = Launch(conv_gather.fprop_gather, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))
     if parts is None:
         return [first]
-    where = {"FULL": 0, "SPLITS": tile.splits, "BOX_N": tile.pixels, "BOX_H": 1, "BOX_W": 1, "SHIFT": 0}
+    where = {"FULL": 0, "SPLITS": tile.splits, "BOX_N": tile.pixels, "BOX_H": 1, "BOX_W": 1, "COLUMNS": 1,
+             "COLUMN_K": 0}  # fmt: skip
     return [first, _plan_finish(tile, parts, y, common | where, gpu)]
 
 

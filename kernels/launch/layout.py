@@ -47,15 +47,21 @@ def plan_turn(rows: torch.Tensor, turned: torch.Tensor, *, gpu: GPU) -> Launch:
     return Launch(device.turn, (programs,), arguments, tile.num_warps, 1, str(tile))
 
 
-def with_channels_first(w: torch.Tensor, groups: int, *, gpu: GPU) -> tuple[torch.Tensor, Launch]:
+def with_channels_first(
+    w: torch.Tensor, groups: int, *, gpu: GPU, taps_first: bool = False
+) -> tuple[torch.Tensor, Launch]:  # fmt: skip
     """Filters [K, C/groups, R, S] as those of an input gradient, [C, K/groups, R, S] (channels_last), and the launch.
 
-    w is channels_last.
+    w is channels_last.  With `taps_first` they are [groups, R, S * C/groups, K/groups] instead.
     """
     count, channels, *window = w.shape
     own, taps = count // groups, math.prod(window)
-    turned = scratch(layout.empty_image((groups * channels, own, *window), w, channels_last=True))
     rows = w.as_strided((groups, taps, own, channels), (own * taps * channels, channels, taps * channels, 1))
+    if taps_first:
+        shape = groups, window[0], window[1] * channels, own
+        turned = scratch(torch.empty(shape, dtype=w.dtype, device=w.device))
+        return turned, plan_turn(rows, turned.view(groups, taps, channels, own), gpu=gpu)
+    turned = scratch(layout.empty_image((groups * channels, own, *window), w, channels_last=True))
     out = turned.as_strided((groups, taps, channels, own), (channels * taps * own, own, taps * own, 1))
     return turned, plan_turn(rows, out, gpu=gpu)
 

@@ -62,7 +62,7 @@ def parts(problem: Conv2dProblem, dtype: torch.dtype) -> list[DgradPart]:
     return [
         replace(
             part,
-            problem=replace(part.problem, C=_padded(problem.K, dtype)),
+            problem=replace(part.problem, C=_padded(problem.K, dtype), together=False),
             filters=replace(part.filters, transposed=False),
         )
         for part in problem.dgrad

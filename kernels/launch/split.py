@@ -12,15 +12,19 @@ from tileconv.kernels.launch.common import Launch, index_type
 from tileconv.kernels.launch.plans import scratch
 
 
-def plan_split(image: torch.Tensor, precision: str, *, gpu: GPU) -> tuple[torch.Tensor, Launch]:
+def plan_split(
+    image: torch.Tensor, precision: str, *, gpu: GPU, apart: bool = False
+) -> tuple[torch.Tensor, Launch]:  # fmt: skip
     """The bf16 parts [N, parts * C, H, W] (channels_last, the largest part first) of an fp32 image, and the launch that
-    writes them.  `image` [N, C, H, W] may have any strides: NCHW is transposed on the way.
+    writes them.  `image` [N, C, H, W] may have any strides: NCHW is transposed on the way.  With `apart` they are
+    [parts * N, C, H, W], one image behind the other.
     """
     parts = fp32.parts(precision)
     count, channels, *size = image.shape
+    shape = (parts * count, channels) if apart else (count, parts * channels)
     y = scratch(
         torch.empty(
-            (count, parts * channels, *size), dtype=fp32.multiplied(image.dtype, precision), device=image.device,
+            (*shape, *size), dtype=fp32.multiplied(image.dtype, precision), device=image.device,
             memory_format=torch.channels_last,
         )
     )  # fmt: skip
@@ -28,7 +32,8 @@ def plan_split(image: torch.Tensor, precision: str, *, gpu: GPU) -> tuple[torch.
     tile = small_tiles.choose_split(columns, channels, image.stride(1) == 1, image.dtype, gpu)
     arguments = {
         "x": image, "y": y, "U": rows, "V": columns, "stride_xn": stride_n, "stride_xu": stride_u,
-        "stride_xv": stride_v, "stride_xc": image.stride(1), "C": channels, "PARTS": parts,
+        "stride_xv": stride_v, "stride_xc": image.stride(1), "C": channels,
+        "part": image.numel() if apart else channels, "PITCH": y.shape[1], "PARTS": parts,
         "INDEX": index_type(image, y), "ROWS": tile.rows, "COLS": tile.cols,
     }  # fmt: skip
     strips = image.numel() // (channels * columns) if image.numel() else 0
