@@ -313,7 +313,7 @@ def _tile_fields(settings: list[str]) -> dict[str, Any]:
         elif values and len(values) == kind.count("int"):
             found[name] = values if len(values) > 1 else values[0]
         else:
-            raise ValueError(f"override={setting!r}: {name} is a {kind}, as num_stages=2, box=128x1x1 or shift=true")
+            raise ValueError(f"override={setting!r}: {name} is a {kind}, as num_stages=2, box=128x1x1 or half=true")
     return found
 
 

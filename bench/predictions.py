@@ -13,7 +13,7 @@ from .traffic import traffic
 from .traffic_base import Traffic
 
 IN_RUNS = ("fprop_runs", "wgrad_runs", "fprop_inner_runs", "wgrad_inner_runs")
-PRODUCTS = ("fprop_box", "fprop_gather", "wgrad_box", "wgrad_gather", *IN_RUNS)
+PRODUCTS = ("fprop_box", "fprop_across", "fprop_gather", "wgrad_box", "wgrad_gather", *IN_RUNS)
 FINISHES = ("fprop_finish", "add_slices")
 NOTHING: dict[str, Any] = {
     "useful_rows": None, "useful_columns": None, "wave_efficiency": None, "bytes_read": None, "bytes_written": None,

@@ -126,6 +126,32 @@ def _fprop_box(a: Arguments) -> Traffic:
     return _drawn(a, finished, Traffic(pixels + filters * size + bias_bytes, written, least))
 
 
+def _fprop_across(a: Arguments) -> Traffic:
+    """Rows of a program's pixels are boxes of their own, stride_h apart."""
+    size, groups, K = _itemsize(a["x"]), a["GROUPS"], a["K"]
+    a = a | {"BOX_W": 1, "PARTS": 1, "HALF": 0, "SPLITS": 1}
+    rows, columns = _axes(a)
+    starts = range(0, rows.outputs, rows.box)
+    spread = replace(rows, box=(rows.box - 1) * rows.stride + 1)  # from the first row of a program to its last
+    h_ranges = Counter(spread.range_of(start) for start in starts)
+    h = 0
+    for start, i in itertools.product(starts, range(rows.box)):
+        first = (start + i) * rows.stride - rows.pad
+        h += sum(0 <= first + tap * rows.dilation < rows.extent for tap in range(*spread.range_of(start)))
+    w, w_ranges = _beside_each_other(a, columns)
+    filter_tiles = _cdiv(K, _filters(a))
+    filters = 0
+    for ((r0, r1), r_count), ((s0, s1), s_count) in itertools.product(h_ranges.items(), w_ranges.items()):
+        taps = itertools.product(range(r0, r1), range(s0, s1))
+        filters += r_count * s_count * sum(_filter_elements(a, r, s) for r, s in taps)
+    whole, _, bias = _outputs(a, filter_tiles, h_ranges.total() * w_ranges.total())
+    bias_bytes = bias * rows.box * _itemsize(a["bias"]) if a["HAS_BIAS"] else 0
+    written = whole * _itemsize(a["y"])
+    weights = groups * K * a["C"] * a["R"] * a["S"] * size
+    least = _image_bytes(a) + weights + written + (groups * K * _itemsize(a["bias"]) if bias_bytes else 0)
+    return Traffic(h * w * a["C"] * groups * filter_tiles * size + filters * size + bias_bytes, written, least)
+
+
 def _narrow_tiles(a: Arguments, rows: _Axis, columns: _Axis, filter_tiles: int) -> list[int]:
     """Pixels that a program loads for each of the tiles whose filters are shared: those from FULL on."""
     if not a["NARROW"]:
@@ -212,10 +238,10 @@ def _filter_elements(a: Arguments, r: int, s: int) -> int:
     """Filter elements that one pixel box loads for the taps it meets at (r, s): all groups and tiles, clipped by the
     matrix alone.
     """
-    if a["COLUMNS"] > 1:
-        return _row_elements(a, s)
-    height, width = a["w"].shape
     blocks = [(a["BLOCK_K"], 0)] + ([(a["BLOCK_K2"], a["BLOCK_K"])] if a["BLOCK_K2"] else [])
+    if a["COLUMNS"] > 1:
+        return sum(_row_elements(a, s, block, below) for block, below in blocks)
+    height, width = a["w"].shape
     total = 0
     for g, k0 in itertools.product(range(a["GROUPS"]), range(0, a["K"], _filters(a))):
         for (block, below), c, (_, part) in itertools.product(
@@ -230,9 +256,9 @@ def _filter_elements(a: Arguments, r: int, s: int) -> int:
     return total
 
 
-def _row_elements(a: Arguments, s: int) -> int:
-    """The same with COLUMNS: a box of a row of taps, clipped by that row, for each column that it may meet."""
-    own = _clip((a["S"] - 1 - s) * a["K"], a["BLOCK_K"], a["S"] * a["K"])
+def _row_elements(a: Arguments, s: int, block: int, below: int) -> int:
+    """The same with COLUMNS: a box of a row of taps, clipped by that row."""
+    own = _clip((a["S"] - 1 - s) * a["K"] + below, block, a["S"] * a["K"])
     total = 0
     for g, c in itertools.product(range(a["GROUPS"]), range(0, a["C"], a["BLOCK_C"])):
         first, depth = (g * a["C"] + c, a["GROUPS"] * a["C"]) if a["TRANSPOSED"] else (c, a["C"])
@@ -556,6 +582,7 @@ def _each_once(*operands: str, out: str, times: str = "") -> Callable[[Arguments
 
 COUNTERS: dict[str, Callable[[Arguments], Traffic]] = {
     "fprop_box": _fprop_box,
+    "fprop_across": _fprop_across,
     "fprop_finish": _fprop_finish,
     "fprop_gather": _fprop_gather,
     "fprop_pool": _fprop_pool,

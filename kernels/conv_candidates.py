@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from tileconv.kernels import cost, fp32
-from tileconv.kernels.conv_tile import ConvTile, addressable, power_of_two, powers
+from tileconv.kernels.conv_tile import MOST_ROWS, ConvTile, addressable, power_of_two, powers
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU, triton_version
 
@@ -39,8 +39,8 @@ def _of_parts(problem: Conv2dProblem, pass_: str, tiles: list[ConvTile], precisi
     wide = addressable(problem, pass_, torch.bfloat16)
     found = []
     for tile in tiles:
-        if tile.last:
-            continue  # of parts that would be four loops
+        if tile.last or tile.across:
+            continue  # of parts those would be four loops, and these multiply none
         if not wgrad and (tile.narrow or (tile.half and least > 1)):
             continue  # their programs multiply no parts, or share no depth
         size = tile.rows * (tile.channels * tile.taps if wgrad else tile.pixels + tile.pixels // 2 * tile.half)
@@ -132,12 +132,41 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
             if stages == most == 4:  # fewer buffers may let one more program onto the SM
                 tile = replace(tile, num_stages=3)
                 found += [tile, *_shared_depth(problem, tile, gpu)]
+    if gpu.arch // 10 == 9 and not odd:
+        found += _across_candidates(problem, dtype, gpu)
     if pass_ == "dgrad" and dtype == torch.float32 and gpu.arch // 10 == 9:
         found += _single_warp_tiles(problem, gpu)
     # As with one tap above, compiled for sm_90: where the last 128 of 256 + 128 turned 2-byte filters are shared, their
     # products wait in the loop of 128 alone.
     alone = gpu.arch // 10 == 9 and pass_ == "dgrad" and problem.taps == 1 and dtype.itemsize == 2
     return [tile for tile in found if not (tile.tail and (odd or (alone and tile.narrow and tile.block_k2 > 64)))]
+
+
+def _across_candidates(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> list[ConvTile]:
+    """Tiles for what fills one and a half blocks of rows: on Hopper, whose tensor cores take rows in 64s.
+
+    Up to 24,576 sums in four warps, 36,864 in eight: three rows.
+    """
+    if problem.N < 64:
+        return []
+    filters, found = problem.group_filters, []
+    most = _MOST_COLUMNS if problem.together and problem.dilation[1] == 1 else 1
+    for own, depth, images, rows in itertools.product(
+        range(1, most + 1), _depths(problem.group_channels, dtype), (64, 128), range(1, MOST_ROWS + 1)
+    ):
+        pixels = images * rows
+        if not 64 < own * filters <= 96 or images > power_of_two(problem.N) or rows > problem.P:
+            continue
+        if pixels > 384 or depth * dtype.itemsize > 128:
+            continue
+        stages = min(4, (gpu.shared_block - 2048) // ((96 + pixels) * depth * dtype.itemsize))
+        warps = 4 if pixels <= 256 else 8
+        if own > 1 and filters % 16 and pixels > 32 * warps:
+            continue  # they leave by pointers, eight channels beside each other: 192 sums of a thread spill 96 bytes
+        box = images, rows, 1
+        tile = ConvTile("pixel", box, 64, depth, warps, stages, block_k2=32, columns=own, across=True)
+        found += [replace(tile, num_stages=few) for few in range(2, stages + 1)]
+    return found
 
 
 def _single_warp_tiles(problem: Conv2dProblem, gpu: GPU) -> list[ConvTile]:

@@ -14,6 +14,7 @@ from tileconv.kernels.hardware import GPU
 FORMULATIONS = ("pixel", "box", "gather")
 PASSES = ("fprop", "dgrad", "wgrad")
 MAX_NUMEL = 1 << 20  # Triton's limit for the elements of one block
+MOST_ROWS = 4  # of a program whose second product is turned
 WARPS = (1, 2, 4, 8, 16, 32)  # of one block: 1,024 threads at the most
 
 
@@ -28,7 +29,8 @@ class ConvTile:
     split they share the filters of those, block_k2 each.  With `columns` above one a program makes so many columns of
     the output from a box of one: block_k counts through the filters of all of them.  With `half` a program makes half a
     box more with the same filters: boxes cover the first columns of the output, half boxes the others; with `columns`
-    the half box lies below the box.
+    the half box lies below the box.  `across` turns the second product, so that its filters are columns, which may be
+    32, and pixels rows; its box is pixels of neighbouring rows.
     In wgrad the box is the depth of a step, a program makes rows x block_c of `taps` (1 to 5) taps, with `half` half as
     many channels more of one tap, and `splits` share the pixels.  With `last` the taps that are left over have
     programs of their own, of which so many share the pixels.
@@ -48,6 +50,7 @@ class ConvTile:
     columns: int = 1
     half: bool = False
     last: int = 0
+    across: bool = False
 
     @property
     def rows(self) -> int:
@@ -121,14 +124,14 @@ class ConvTile:
         return -(-problem.N // n) * -(-problem.P // h) * -(-problem.Q // (w * self.columns))
 
     def __str__(self) -> str:
-        box = "x".join(map(str, self.box)) if self.formulation == "box" else str(self.pixels)
+        box = str(self.pixels) if self.pixels == self.box[0] else "x".join(map(str, self.box))
         flat = " flat" if self.flat else ""
         splits = f" /{self.splits}" if self.splits > 1 else f" by {self.block_k2}" if self.tail else ""
         splits += f" of {self.tail}" if self.tail else f" last /{self.last}" if self.last else ""
         rows = f"({self.block_k}+{self.block_k2})" if self.block_k2 else str(self.block_k)
         rows = f"{self.columns}x{self.filters}" if self.columns > 1 else rows
         size = f"{box}*{rows}*{self.block_c}" + (f"*{self.taps} taps" if self.taps > 1 else "")
-        size += " +half" if self.half else ""
+        size += " +half" if self.half else " across" if self.across else ""
         return f"{self.formulation} {size}{flat}{splits} w{self.num_warps} s{self.num_stages}"
 
 
@@ -156,7 +159,7 @@ def why_invalid(
     dtype is that of the layer's operands; at some precisions kernels read parts of them.
     """
     read = fp32.multiplied(dtype, precision)
-    extents = {"box": tile.pixels, "block_k": tile.block_k, "block_c": tile.block_c}
+    extents = {"box": tile.box[0] if tile.across else tile.pixels, "block_k": tile.block_k, "block_c": tile.block_c}
     if tile.formulation not in FORMULATIONS:
         return f"formulation={tile.formulation!r} is unknown: allowed are {', '.join(FORMULATIONS)}"
     if len(tile.box) != 3 or min(tile.box) < 1:
@@ -169,7 +172,8 @@ def why_invalid(
     if tile.num_stages < 1:
         return f"num_stages={tile.num_stages} must be at least 1"
     if tile.columns != 1:
-        ready = problem.together and problem.stride[1] == problem.dilation[1] == tile.box[2] == 1 and not tile.block_k2
+        ready = problem.together and problem.stride[1] == problem.dilation[1] == tile.box[2] == 1
+        ready = ready and (tile.across or not tile.block_k2)
         if tile.columns < 1 or tile.formulation == "gather" or not ready:
             return (
                 f"columns={tile.columns}: allowed is 1, and more in input gradients with pixel or box of one column, "
@@ -213,13 +217,27 @@ def why_invalid(
         return None if tile.box[1:] == (1, 1) else f"box={tile.box}: gather counts flat pixels in box[0]"
     if not gpu.has_descriptors:
         return f"formulation={tile.formulation!r} needs tensor descriptors (sm_90 or newer); this is {gpu.name}"
+    if tile.across and (reason := _not_across(tile, pass_, precision)):
+        return reason
     if not addressable(problem, pass_, read):
         return (
             f"formulation={tile.formulation!r} needs a group's channels (its filters too in dgrad and wgrad) in "
             f"multiples of 16 bytes: {problem.group_channels} channels, {problem.group_filters} filters of {read}"
         )
     if tile.formulation == "pixel":
-        return None if tile.box[1:] == (1, 1) else f"box={tile.box}: pixel takes one row and one column"
+        one = tile.box[1:] == (1, 1) or (tile.across and tile.box[2] == 1)
+        return None if one else f"box={tile.box}: pixel takes one row and one column"
     if problem.stride != (1, 1):
         return f"formulation='box' needs stride 1, this problem has {problem.stride}"
     return None
+
+
+def _not_across(tile: ConvTile, pass_: str, precision: str) -> str | None:
+    """Why a tile cannot turn its second product, or None."""
+    alone = tile.splits == 1 and not (tile.tail or tile.half) and fp32.parts(precision) == 1
+    if pass_ != "wgrad" and tile.formulation == "pixel" and tile.block_k2 and alone and tile.box[1] <= MOST_ROWS:
+        return None
+    return (
+        f"across=True needs fprop or dgrad, pixel of up to {MOST_ROWS} rows, block_k2, splits=1, no tail or half, and "
+        "a precision that multiplies no parts"
+    )

@@ -59,6 +59,8 @@ class Tile(Protocol):
     @property
     def columns(self) -> int: ...
     @property
+    def across(self) -> bool: ...
+    @property
     def half(self) -> bool: ...
     @property
     def rows(self) -> int: ...
@@ -463,6 +465,8 @@ def _warp_groups(shape: _Shape, tile: Tile) -> tuple[float, float]:
     products_of = list(itertools.product(rows_of, columns_of))
     if tile.formulation == "runs" and tile.block_k2:  # the second product's rows are pixels
         products_of[-1] = shape.columns, tile.block_k2
+    if tile.across:
+        products_of = [(rows_of[0], tile.box[0]), (tile.box[0], tile.block_k2)] * tile.box[1]
     issued = lines = 0.0
     for rows, columns in products_of:
         along_rows = min(groups, max(1, rows // 64))
@@ -558,8 +562,9 @@ class _Rates:
             products, reads = _warp_groups(shape, tile)
             products *= shape.depth * dtype.itemsize / 32
             # Compiled loops: 87 instructions and two for each product of a warp, 30 more for a second row of products,
-            # 40 for each tap after the first, 43 for half a box more.
-            instructions = 87 + 2 * products + 30 * (tile.block_k2 > 0) + 40 * (tile.taps - 1) + 43 * tile.half
+            # 40 for each tap after the first, 43 for half a box more and for each further row.
+            boxes = tile.box[1] if tile.across else 1 + tile.half
+            instructions = 87 + 2 * products + 30 * (tile.block_k2 > 0) + 40 * (tile.taps - 1) + 43 * (boxes - 1)
             if tile.formulation == "gather":
                 instructions = 60 + fetched
             if tile.formulation == "runs":

@@ -216,7 +216,7 @@ def order(tile: ConvTile) -> tuple[object, ...]:
     shared = tile.splits > 1
     step = tile.block_c if shared or tile.formulation == "gather" else None
     rows_and_columns, tail = (tile.box[1:], tile.tail) if shared else (None, 0)
-    return tile.formulation, step, tile.flat, tile.columns, tile.splits, tail, rows_and_columns
+    return tile.formulation, step, tile.flat, tile.columns, tile.across, tile.splits, tail, rows_and_columns
 
 
 def _best_for_any_batch(

@@ -302,6 +302,57 @@ def test_several_columns_of_a_gradient(tile: dict[str, Any], channels: int, grou
 
 
 @pytest.mark.parametrize(
+    ("channels", "groups", "rows", "columns", "arguments", "precision"),
+    [
+        (96, 1, 3, 1, {"padding": 1}, "ieee"),
+        (72, 2, 1, 1, {"stride": 2, "padding": 1}, "tf32"),
+        (80, 1, 2, 1, {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}, "ieee"),
+        (48, 2, 2, 2, {"padding": 1}, "ieee"),  # AlexNet 2012's conv2
+        (40, 1, 2, 2, {"padding": (2, 0)}, "tf32"),
+        (24, 1, 4, 3, {"padding": 2, "dilation": (2, 1)}, "ieee"),
+    ],
+)
+def test_second_product_across(
+    channels: int, groups: int, rows: int, columns: int, arguments: dict[str, Any], precision: str
+) -> None:
+    x, w, b = operands(Case("", (21, 32 * groups, 5, 7), (channels * groups, 32, 3, 3)), torch.float32)
+    tile = {"formulation": "pixel", "box": (16, rows, 1), "block_k": 64, "block_k2": 32, "block_c": 16, "across": True}
+    near = 1e-3 if precision == "tf32" else 1e-5
+    if columns == 1:
+        exact = F.relu(F.conv2d(x.double(), w.double(), b.double(), groups=groups, **arguments))
+        with tiles.override(**tile):
+            y = tk.conv2d(x, w, b, groups=groups, activation="relu", precision=precision, **arguments)
+        assert reference.error(y, exact) <= near * exact.abs().max().item()
+    given = ({"stride": 1, "padding": 0, "dilation": 1} | arguments).values()
+    stride, padding, dilation = (n if isinstance(n, tuple) else (n, n) for n in given)
+    w = w.transpose(0, 1) if groups == 1 else torch.randn(32 * groups, channels, 3, 3)
+    shape = (21, channels * groups, 5, 7)
+    dy = torch.randn(F.conv2d(torch.empty(shape), w, None, stride, padding, dilation, groups).shape)
+    with tiles.override(**tile, columns=columns):
+        pads = [side for side in padding for _ in (0, 1)]
+        dx = OPS.conv2d_dgrad(dy, w, shape, stride, pads, dilation, groups, precision, True)
+    exact = reference.conv2d_dgrad(dy, w, shape, stride, padding, dilation, groups)
+    assert reference.error(dx, exact) <= near * exact.abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"block_k2": 0}, "across=True needs fprop or dgrad"),
+        ({"splits": 2}, "across=True needs fprop or dgrad"),
+        ({"box": (16, 5, 1)}, "across=True needs fprop or dgrad"),
+        ({"box": (16, 1, 2)}, "pixel takes one row and one column"),
+    ],
+    ids=str,
+)
+def test_second_products_that_cannot_turn(changes: dict[str, Any], error: str) -> None:
+    x, w = torch.randn(16, 32, 5, 7), torch.randn(96, 32, 3, 3)
+    tile = {"formulation": "pixel", "box": (16, 1, 1), "block_k": 64, "block_k2": 32, "block_c": 16, "across": True}
+    with tiles.override(**tile | changes), pytest.raises(ValueError, match=error):
+        tk.conv2d(x, w)
+
+
+@pytest.mark.parametrize(
     ("changes", "error"),
     [
         ({"columns": 3}, "columns=3 of 24 channels are more than block_k=64"),

@@ -139,6 +139,21 @@ def test_dgrad(name, tile):
         agrees(conv.plan_dgrad(problem, y, w, x, gpu=GPU))
 
 
+ACROSS = PIXEL | {"block_k": 64, "block_k2": 32, "across": True}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("name", ["3x3", "grouped", "5x5 wide padding", "strided and dilated"])
+def test_second_product_across(name, rows):
+    problem = (PROBLEMS | STRIDED)[name]
+    x, w, bias, y = tensors(problem)
+    with tiles.override(**ACROSS | {"box": (16, rows, 1)}):
+        agrees(conv.plan_fprop(problem, x, w, bias, y, gpu=GPU, activation="relu"))
+    for columns in (1, 2) if problem.stride == (1, 1) else ():
+        with tiles.override(**ACROSS | {"box": (16, rows, 1), "columns": columns}):
+            agrees(conv.plan_dgrad(problem, y, w, x, gpu=GPU))
+
+
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 def test_wgrad_descriptors(problem):
     x, w, _, y = tensors(problem)

@@ -31,8 +31,6 @@ SHORT: dict[Where, float | None] = {
     # 192 filters x 192 pixels are four products, two of them of 64: more instructions in a step, though their issue
     # takes a quarter of its time.  The whole is modelled at 14 % less.
     (HGMMA, "sm_90", "dgrad", "conv3"): 1.40,
-    # A shifted product shares its pixels with the first one and masks a tap in each step.
-    (HGMMA, "sm_90", "dgrad", "conv2"): 1.13,
     # 13 rows and columns: strips with fewer edges are too few warps to keep up with memory, by the model.
     (BYTES, "sm_90", "forward", "pool5"): 1.02,
     (BYTES, "sm_90", "backward", "pool5"): 1.04,

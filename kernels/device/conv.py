@@ -97,7 +97,7 @@ def fprop_box(
     x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_C]
     x_half,  # the same with half a box, or None
     w,  # descriptor of the filters as a matrix: [rows, taps * PARTS * C], box [BLOCK_K, BLOCK_C]; turned if TRANSPOSED
-    # with COLUMNS of a matrix for each row of taps: see _row_load
+    # with COLUMNS of a matrix for each row of taps: see row_load
     w2,  # the same with a box of BLOCK_K2 rows, or None
     y,  # descriptor of [N, P, Q, (GROUPS,) K], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_K]; a pointer if not STORE_BOX
     # None where all tiles are shared
@@ -154,6 +154,7 @@ def fprop_box(
     COLUMNS: tl.constexpr,  # 1, or more with BOX_W = 1, BLOCK_K2 = 0, stride and dilation 1 along W, TAP_S = -1
     COLUMN_K: tl.constexpr,  # K if COLUMNS are more than one, else 0
     HALF: tl.constexpr,  # 0, or 1 with SPLITS = 1: half the rows with COLUMNS, else half the images or columns
+    LOADS_FIRST: tl.constexpr,  # before a step's first turn or product, so that they share a barrier
     NARROW: tl.constexpr,  # BLOCK_K2 divides BLOCK_K; COLUMNS = 1, HALF = 0, SPLITS = PARTS = 1
 ):
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
@@ -220,7 +221,7 @@ def fprop_box(
             for _ in tl.range(0, steps):
                 box = pixel_load(x, n, h0 + r * DIL_H, w0 + s * DIL_W, g, c, GROUPS, False, PIXELS, BLOCK_C)
                 column = (TAP_0 + r * TAP_R + s * TAP_S) * (K if TRANSPOSED else C)
-                filters = _filter_load(w2, g, c, k0, 0, C, K, column, TRANSPOSED)
+                filters = filter_load(w2, g, c, k0, 0, C, K, column, TRANSPOSED)
                 if TRANSPOSED:
                     filters = filters.T
                 acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -255,21 +256,23 @@ def fprop_box(
                 )  # fmt: skip
             if COLUMNS > 1:
                 w_part = w_parts & 3 if small else 0
-                filters = _row_load(w, w_part, r, s, g, c, C, COLUMN_K, S, TAP_0, TAP_R, TRANSPOSED, BLOCK_K, BLOCK_C)
+                filters = row_load(w, w_part, r, s, g, c, 0, C, COLUMN_K, S, TAP_0, TAP_R, TRANSPOSED, BLOCK_K, BLOCK_C)
             else:
                 beside = (w_parts & 3) * (K if TRANSPOSED else C) if small else 0
                 column = (TAP_0 + r * TAP_R + s * TAP_S) * width + beside
-                filters = _filter_load(w, g, c, k0, 0, C, K, column, TRANSPOSED)
-            if BLOCK_K2:
-                filters2 = _filter_load(w2, g, c, k0, BLOCK_K, C, K, column, TRANSPOSED)
-            if TRANSPOSED:  # now, because loads with nothing between them share a barrier
+                filters = filter_load(w, g, c, k0, 0, C, K, column, TRANSPOSED)
+            if BLOCK_K2 and LOADS_FIRST:
+                filters2 = filter_load(w2, g, c, k0, BLOCK_K, C, K, column, TRANSPOSED)
+            if TRANSPOSED:
                 filters = filters.T
-                if BLOCK_K2:
-                    filters2 = filters2.T
             acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
             if HALF:
                 acc_half = tl.dot(filters, box_half.T, acc_half, input_precision=PRECISION, out_dtype=ACC)
             if BLOCK_K2:
+                if not LOADS_FIRST:
+                    filters2 = filter_load(w2, g, c, k0, BLOCK_K, C, K, column, TRANSPOSED)
+                if TRANSPOSED:
+                    filters2 = filters2.T
                 acc2 = tl.dot(filters2, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
                 if HALF:
                     acc2_half = tl.dot(filters2, box_half.T, acc2_half, input_precision=PRECISION, out_dtype=ACC)
@@ -330,7 +333,7 @@ def fprop_box(
 
 
 @triton.jit
-def _filter_load(w, g, c, k0, below, C, K, column, TRANSPOSED: tl.constexpr):
+def filter_load(w, g, c, k0, below, C, K, column, TRANSPOSED: tl.constexpr):
     # In this order: (k0 + below) + column makes 64 x (128 + 64) tiles of one tap wait for every product.
     if TRANSPOSED:
         return w.load([g * C + c, column + k0 + below])
@@ -339,17 +342,18 @@ def _filter_load(w, g, c, k0, below, C, K, column, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _row_load(
-    w, part, r, s, g, c, C, COLUMN_K: tl.constexpr, S: tl.constexpr, TAP_0: tl.constexpr, TAP_R: tl.constexpr,
+def row_load(
+    w, part, r, s, g, c, below, C, COLUMN_K: tl.constexpr, S: tl.constexpr, TAP_0: tl.constexpr, TAP_R: tl.constexpr,
     TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # The filters that a box of pixels meets for all columns of a program, from w [PARTS, rows of taps, depth, S * K],
     # or [groups, rows of taps, S * K, C] if not TRANSPOSED.  Beside a row of taps the copy engine fills in zeros.
     row = TAP_0 // S + r * (TAP_R // S)
+    column = (S - 1 - s) * COLUMN_K + below
     if TRANSPOSED:
-        return w.load([part, row, g * C + c, (S - 1 - s) * COLUMN_K]).reshape(BLOCK_C, BLOCK_K)
+        return w.load([part, row, g * C + c, column]).reshape(BLOCK_C, BLOCK_K)
     else:
-        return w.load([g, row, (S - 1 - s) * COLUMN_K, c]).reshape(BLOCK_K, BLOCK_C)
+        return w.load([g, row, column, c]).reshape(BLOCK_K, BLOCK_C)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tileconv.kernels import cost, fp32, hardware, layout, tiles
 from tileconv.kernels.conv_tile import ConvTile
 from tileconv.kernels.device import conv as device
-from tileconv.kernels.device import conv_gather, conv_wgrad
+from tileconv.kernels.device import conv_across, conv_gather, conv_wgrad
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart, Filters
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch import depthwise, padded, runs
@@ -125,6 +125,8 @@ def _plan_product(
         return _plan_gather(problem, filters, tile, x, w, y, common, gpu)
     if cost.filters_turned(tile, pass_, y.dtype, precision, gpu):
         filters = replace(filters, transposed=False)
+    if tile.across:
+        return [_plan_across(problem, filters, tile, x, w, y, common)]
     return _plan_box(problem, filters, tile, x, w, y, common, gpu)
 
 
@@ -334,16 +336,9 @@ def _plan_box(
     problem: Conv2dProblem, filters: Filters, tile: ConvTile,
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any], gpu: GPU,
 ) -> list[Launch]:  # fmt: skip
-    matrix = w if tile.columns > 1 else aligned(_filter_matrix(w))
-
-    def filter_box(rows: int) -> TensorDescriptor | None:
-        box = (tile.block_c, rows) if filters.transposed else (rows, tile.block_c)
-        describe = row_descriptor if tile.columns > 1 else matrix_descriptor
-        return describe(matrix, box) if rows else None
-
+    filter_box = _filter_boxes(tile, filters, w)
     planes = problem.groups * common["PARTS"]
-    filled = tile.columns == 1 or tile.columns * problem.group_filters == tile.block_k
-    store_box = describable(y, problem.groups) and filled
+    store_box = _stores_boxes(problem, tile, y)
 
     def output_box(rows: int, box: tuple[int, int, int] | None = tile.box) -> TensorDescriptor | torch.Tensor | None:
         if not rows or box is None:
@@ -357,8 +352,7 @@ def _plan_box(
     narrow = last if tile.narrow else 0
     parts = _partial_sums(tile, shared, y)
     where = {"FULL": programs - shared - narrow, "SPLITS": tile.splits, "BOX_N": tile.box[0], "BOX_H": tile.box[1],
-             "BOX_W": tile.box[2], "COLUMNS": tile.columns,
-             "COLUMN_K": problem.group_filters if tile.columns > 1 else 0}  # fmt: skip
+             "BOX_W": tile.box[2], **_columns(problem, tile)}  # fmt: skip
     image, half = for_descriptor(x, planes), tile.half_box
     arguments = common | where | {
         "x": image_descriptor(image, planes, tile.box, tile.block_c),
@@ -370,6 +364,8 @@ def _plan_box(
         "stride_h": problem.stride[0], "stride_w": problem.stride[1],
         "TRANSPOSED": filters.transposed, "STORE_BOX": store_box, "INDEX": index_type(y), "BLOCK_K2": tile.block_k2,
         "NARROW": int(narrow > 0),
+        # On sm_120 operands are registers, and those of both products would spill: 760 bytes of 128 x (128 + 64).
+        "LOADS_FIRST": gpu.arch < 120,
     }  # fmt: skip
     if shared == programs:  # fprop_finish writes, and drops, for all of them
         arguments |= {"y": None, "y2": None, "STORE_BOX": False, **NO_DROPOUT}
@@ -378,6 +374,54 @@ def _plan_box(
         grid += narrow * (tile.rows // tile.block_k2 - 1)
     first = Launch(device.fprop_box, (grid,), arguments, tile.num_warps, tile.num_stages, str(tile))
     return [first] if parts is None else [first, _plan_finish(tile, parts, y, common | where, gpu)]
+
+
+def _filter_boxes(
+    tile: ConvTile, filters: Filters, w: torch.Tensor
+) -> Callable[[int], TensorDescriptor | None]:  # fmt: skip
+    """What describes so many rows of the filters that a step reads; None for none."""
+    matrix = w if tile.columns > 1 else aligned(_filter_matrix(w))
+    describe = row_descriptor if tile.columns > 1 else matrix_descriptor
+
+    def of_rows(rows: int) -> TensorDescriptor | None:
+        box = (tile.block_c, rows) if filters.transposed else (rows, tile.block_c)
+        return describe(matrix, box) if rows else None
+
+    return of_rows
+
+
+def _columns(problem: Conv2dProblem, tile: ConvTile) -> dict[str, int]:
+    return {"COLUMNS": tile.columns, "COLUMN_K": problem.group_filters if tile.columns > 1 else 0}
+
+
+def _stores_boxes(problem: Conv2dProblem, tile: ConvTile, y: torch.Tensor) -> bool:
+    """Whether the copy engine writes y: of several columns only where their filters fill the block."""
+    filled = tile.columns == 1 or tile.columns * problem.group_filters == tile.block_k
+    return describable(y, problem.groups) and filled
+
+
+def _plan_across(
+    problem: Conv2dProblem, filters: Filters, tile: ConvTile, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor,
+    common: Mapping[str, Any],
+) -> Launch:  # fmt: skip
+    filter_box, store_box = _filter_boxes(tile, filters, w), _stores_boxes(problem, tile, y)
+    image, images = for_descriptor(x, problem.groups), (tile.box[0], 1, 1)
+
+    def output_box(rows: int) -> TensorDescriptor | torch.Tensor:
+        return image_descriptor(y, problem.groups, images, rows) if store_box else y
+
+    unused = ("seed", "dropout", "scale", "DROPOUT", "PARTS")
+    arguments = {name: value for name, value in common.items() if name not in unused} | {
+        "x": pixel_descriptor(image, problem.groups, images, tile.block_c),
+        "w": filter_box(tile.block_k), "w2": filter_box(tile.block_k2),
+        "y": output_box(tile.block_k), "y2": output_box(tile.block_k2),
+        "stride_h": problem.stride[0], "stride_w": problem.stride[1], "TRANSPOSED": filters.transposed,
+        "STORE_BOX": store_box, "INDEX": index_type(y), "BLOCK_K2": tile.block_k2, "BOX_N": tile.box[0],
+        "BOX_H": tile.box[1], **_columns(problem, tile),
+    }  # fmt: skip
+    programs = tile.boxes(problem) * problem.groups * triton.cdiv(problem.group_filters, tile.filters)
+    kernel = conv_across.fprop_across
+    return Launch(kernel, (programs,), arguments, tile.num_warps, tile.num_stages, str(tile))
 
 
 def _partial_sums(tile: ConvTile, shared: int, y: torch.Tensor) -> torch.Tensor | None:
