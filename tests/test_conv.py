@@ -310,6 +310,7 @@ def test_several_columns_of_a_gradient(tile: dict[str, Any], channels: int, grou
         (48, 2, 2, 2, {"padding": 1}, "ieee"),  # AlexNet 2012's conv2
         (40, 1, 2, 2, {"padding": (2, 0)}, "tf32"),
         (24, 1, 4, 3, {"padding": 2, "dilation": (2, 1)}, "ieee"),
+        (32, 1, 2, 2, {"padding": 1}, "ieee"),  # the first block is full, the second empty
     ],
 )
 def test_second_product_across(

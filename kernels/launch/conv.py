@@ -395,8 +395,8 @@ def _columns(problem: Conv2dProblem, tile: ConvTile) -> dict[str, int]:
 
 
 def _stores_boxes(problem: Conv2dProblem, tile: ConvTile, y: torch.Tensor) -> bool:
-    """Whether the copy engine writes y: of several columns only where their filters fill the block."""
-    filled = tile.columns == 1 or tile.columns * problem.group_filters == tile.block_k
+    """Whether the copy engine writes y: of several columns only where their filters fill the one block."""
+    filled = tile.columns == 1 or (tile.columns * problem.group_filters == tile.block_k and not tile.across)
     return describable(y, problem.groups) and filled
 
 
