@@ -118,8 +118,9 @@ def _box_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, gpu:
         # Triton 3.6 also 128 + 64 filters, 64 to 80.
         if gpu.arch >= 120 and (half or (own > 1 and block_k > 128) or (block_k2 and triton_version() < (3, 7))):
             continue
-        if gpu.arch >= 120 and own > 1 and depth * dtype.itemsize < 128 and rows * columns == 4096:
-            continue  # 8 bytes
+        short = own > 1 and depth * dtype.itemsize < 128
+        if gpu.arch >= 120 and short and (rows * columns == 4096 or triton_version() < (3, 7)):
+            continue  # 8 bytes, in Triton 3.6 up to 48
         if dtype.itemsize * block_k * pixels > gpu.shared_block:  # outputs on their way out
             continue
         for box in _columns(problem, pixels, half) if own > 1 else _boxes(problem, pixels):
