@@ -463,14 +463,17 @@ def _adaptive_backward(a: Arguments) -> Traffic:
 
 def _space_to_depth(a: Arguments) -> Traffic:
     count, depth = a["x"].shape[0], a["DEPTH"]
-    rows, columns = (
-        _clip(-pad, blocks * stride, extent)
-        for pad, blocks, stride, extent in (
-            (a["pad_h"], a["U"], a["STRIDE_H"], a["H"]), (a["pad_w"], a["V"], a["STRIDE_W"], a["W"]))
-    )  # fmt: skip
-    read = count * a["C"] * rows * columns * _itemsize(a["x"])
+    axes = [
+        (a["U"], a["BLOCK_H"], a["STEP_H"], a["pad_h"], a["H"]),
+        (a["V"], a["BLOCK_W"], a["STEP_W"], a["pad_w"], a["W"]),
+    ]
+    loaded = [
+        sum(_clip(i * step - pad, block, extent) for i in range(blocks)) for blocks, block, step, pad, extent in axes
+    ]
+    once = [_clip(-pad, (blocks - 1) * step + block, extent) for blocks, block, step, pad, extent in axes]
+    planes = count * a["C"] * _itemsize(a["x"])
     written = count * a["U"] * a["V"] * depth * _itemsize(a["y"])
-    return Traffic(read, written, read + written)
+    return Traffic(planes * math.prod(loaded), written, planes * math.prod(once) + written)
 
 
 def _widen(a: Arguments) -> Traffic:

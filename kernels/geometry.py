@@ -150,15 +150,21 @@ class Conv2dProblem:
         """`dgrad` of a transposed convolution, which is a forward pass: a NaN stays in its window."""
         return tuple(replace(part, problem=replace(part.problem, together=False)) for part in self.dgrad)
 
+    @property
+    def blocks(self) -> Pair:
+        """Rows and columns that space_to_depth makes a pixel: those of the stride, or without one a row of a window."""
+        return self.stride if max(self.stride) > 1 else (1, self.S)
+
     @cached_property
     def space_to_depth(self) -> Conv2dProblem:
-        """The same outputs at stride 1: every stride x stride block of the padded image becomes channels.
+        """The same outputs at stride 1: a block of the padded image becomes channels, at every stride.
 
         The channels, (c, row, column) of a block, are filled up with zeros to a multiple of eight; the filters are
         blocked likewise, their last block filled up with zeros.  Needs dilation 1 and one group.
         """
-        (stride_h, stride_w), R, S = self.stride, -(-self.R // self.stride[0]), -(-self.S // self.stride[1])
-        depth = -(-self.C * stride_h * stride_w // 8) * 8
+        (rows, columns) = self.blocks
+        R, S = -(-self.R // rows), -(-self.S // columns)
+        depth = -(-self.C * rows * columns // 8) * 8
         return Conv2dProblem(N=self.N, C=depth, H=self.P - 1 + R, W=self.Q - 1 + S, K=self.K, R=R, S=S)
 
     @property

@@ -20,35 +20,39 @@ BATCHES = (1, 8, 32, 128)  # what a choice that may not depend on the batch is w
 
 
 def first_layer(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
-    """Whether a pass runs on problem.space_to_depth: few channels and a stride, so that no descriptor fits as it is.
+    """Whether a pass runs on problem.space_to_depth: few channels, so that no descriptor fits as it is.
 
-    Without tensor cores only where a formulation by descriptors is forced, and patches forward: arithmetic hides what
-    pointers cost, and a block's zeros are multiplied in full (docs/tried.md).
+    With a stride always on tensor cores.  Where blocks are whole windows or rows of them, if the model has them quicker
+    than pointers: patches forward without tensor cores, where arithmetic hides what pointers cost and a block's zeros
+    are multiplied in full, and layers without a stride on them (docs/tried.md).  A formulation that is forced decides.
     """
-    few = problem.C <= 4 and max(problem.stride) > 1 and problem.dilation == (1, 1) and problem.groups == 1
-    if not few or pass_ == "dgrad":
+    few = problem.C <= 4 and problem.dilation == (1, 1) and problem.groups == 1
+    strided, on_tensor_cores = max(problem.stride) > 1, fp32.on_tensor_cores(dtype, precision)
+    if not few or pass_ == "dgrad" or (not strided and addressable(problem, pass_, dtype)):
         return False
-    by_blocks = fp32.on_tensor_cores(dtype, precision) or (
-        pass_ == "fprop" and _patches(replace(problem, N=BATCHES[-1]), dtype, precision, gpu)
-    )
+    by_blocks = strided and on_tensor_cores
+    if not by_blocks and (on_tensor_cores or (pass_ == "fprop" and strided)):
+        by_blocks = _quicker(replace(problem, N=BATCHES[-1]), pass_, dtype, precision, gpu)
     if forced().get("formulation", None if by_blocks else "gather") == "gather":
         return False
     return gpu.has_descriptors and addressable(problem.space_to_depth, pass_, dtype)
 
 
 @lru_cache(maxsize=1024)
-def _patches(problem: Conv2dProblem, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
-    """Whether every block of a first layer is one window, and the model has blocks quicker than pointers.
+def _quicker(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
+    """Whether no window of a first layer is only part of its blocks, and the model has blocks quicker than pointers.
 
-    Where a window is only part of its blocks, a NaN beside it would reach its output.  One answer serves batches of all
-    sizes, since the two add in different orders.
+    Where it is, a NaN beside it would reach its output.  One answer serves batches of all sizes, since the two add in
+    different orders.
     """
     blocks = problem.space_to_depth
-    whole = problem.stride == (problem.R, problem.S) and problem.padding == ((0, 0), (0, 0))
-    if not whole or gpu.interprets or not (gpu.has_descriptors and addressable(blocks, "fprop", dtype)):
+    whole = problem.blocks == (1, problem.S) or (
+        problem.stride == (problem.R, problem.S) and problem.padding == ((0, 0), (0, 0))
+    )
+    if not whole or gpu.interprets or not (gpu.has_descriptors and addressable(blocks, pass_, dtype)):
         return False
     by_pointers, by_blocks = (
-        _cost(_best(one, "fprop", only, dtype, precision, gpu), one, "fprop", dtype, precision, gpu)[0]
+        _cost(_best(one, pass_, only, dtype, precision, gpu), one, pass_, dtype, precision, gpu)[0]
         for one, only in ((problem, "gather"), (blocks, None))
     )
     for shape in (blocks.x_shape, blocks.w_shape):

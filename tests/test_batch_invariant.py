@@ -99,7 +99,7 @@ def test_on_sm_90_the_batch_does_not_decide_the_order_of_a_sum(name: str, pass_:
     orders = {tiles.order(choice(name, pass_, batch, True)[1]) for batch in batches}
     assert len(orders) == 1
     assert len({tiles.order(choice(name, pass_, batch, False)[1]) for batch in FEW}) > 1, "else there is nothing to fix"
-    formulation, step, flat, _, splits, tail, box = orders.pop()
+    formulation, step, flat, _, _, splits, tail, box = orders.pop()
     assert tail == 0 and (splits == 1) == (box is None) == (step is None)
     for batch in FEW:
         tile = choice(name, pass_, batch, True)[1]

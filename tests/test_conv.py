@@ -537,6 +537,46 @@ def test_patches_by_blocks_read_nothing_beside_their_windows() -> None:
     assert holed[1, :, 1, 0].all() and holed.sum() == w.shape[0]
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("formulation", ["pixel", "box"])
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "padding"),
+    [
+        ((3, 3, 9, 11), (24, 3, 5, 7), (2, 3)),
+        ((2, 1, 8, 7), (16, 1, 4, 5), (0, 1)),
+        ((2, 2, 5, 6), (40, 2, 1, 3), (1, 0)),
+    ],
+    ids=["7x5", "one channel", "a row"],
+)
+def test_first_layers_without_a_stride_by_rows_of_their_windows(
+    x_shape: Any, w_shape: Any, padding: tuple[int, int], formulation: str, memory_format: Any
+) -> None:
+    x, w, b = operands(Case("", x_shape, w_shape), torch.float32, memory_format)
+    exact = F.conv2d(x.double(), w.double(), b.double(), padding=padding)
+    dy = torch.randn(exact.shape)
+    with tiles.override(formulation=formulation):
+        y = tk.conv2d(x, w, b, padding=padding)
+        dw = OPS.conv2d_wgrad(dy, x, w.shape, (1, 1), [p for p in padding for _ in (0, 1)], (1, 1), 1, "ieee")
+        assert reference.error(y, exact) <= 1e-5 * exact.abs().max().item()
+        exact = reference.conv2d_wgrad(x, dy, w.shape, 1, padding)
+        assert reference.error(dw, exact) <= 1e-5 * exact.abs().max().item()
+        x[-1, 0, 3, 2] = float("nan")
+        holed = tk.conv2d(x, w, b, padding=padding).isnan()
+    assert torch.equal(holed, F.conv2d(x, w, b, padding=padding).isnan())
+
+
+def test_first_layers_without_a_stride_go_by_blocks_where_the_model_has_them_quicker() -> None:
+    window = ((3, 3), (3, 3))
+    large, small = Conv2dProblem(32, 3, 64, 64, 64, 7, 7, padding=window), Conv2dProblem(64, 3, 224, 224, 64, 3, 3)
+
+    def by_blocks(problem: Conv2dProblem, pass_: str = "fprop", gpu: str = "H100") -> bool:
+        return tiles.first_layer(problem, pass_, torch.float16, "ieee", hardware.GPUS[gpu])
+
+    assert by_blocks(large) and by_blocks(large, "wgrad")
+    assert by_blocks(replace(large, N=1)), "the batch has no say"
+    assert not by_blocks(small) and not by_blocks(large, gpu="A100") and not by_blocks(replace(large, dilation=(2, 2)))
+
+
 def test_patches_of_plain_fp32_go_by_blocks_where_the_model_has_them_quicker() -> None:
     patches = Conv2dProblem(32, 3, 224, 224, 768, 16, 16, (16, 16))
     padded, overlapping = replace(patches, padding=((8, 8), (8, 8))), replace(patches, R=17)

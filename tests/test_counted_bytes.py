@@ -230,12 +230,17 @@ def test_contiguous_operands_with_their_turns():
     agrees(launches)
 
 
-def test_first_layer_with_its_rearrangements():
-    problem = Conv2dProblem(N=2, C=3, H=19, W=23, K=16, R=5, S=5, stride=(3, 3), padding=((2, 2), (1, 1)))
+@pytest.mark.parametrize(
+    ("stride", "forced"), [(3, {}), (1, {"formulation": "box"})], ids=["strided", "rows of windows"]
+)
+def test_first_layer_with_its_rearrangements(stride, forced):
+    shape = {"N": 2, "C": 3, "H": 19, "W": 23, "K": 16, "R": 5, "S": 5}
+    problem = Conv2dProblem(**shape, stride=(stride, stride), padding=((2, 2), (1, 1)))
     x, w, bias, y = tensors(problem)
-    launches = [
-        *conv.plan_fprop(problem, x.contiguous(), w, bias, y, gpu=GPU), *conv.plan_wgrad(problem, y, x, w, gpu=GPU)
-    ]  # fmt: skip
+    with tiles.override(**forced):
+        launches = [
+            *conv.plan_fprop(problem, x.contiguous(), w, bias, y, gpu=GPU), *conv.plan_wgrad(problem, y, x, w, gpu=GPU)
+        ]  # fmt: skip
     assert {"space_to_depth", "depth_to_space"} <= {launch.kernel.__name__ for launch in launches}
     for launch in launches:
         expected, found = traffic(launch), counted(launch)

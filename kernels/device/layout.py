@@ -1,11 +1,12 @@
-"""Rearrangements: an image's stride x stride blocks into channels, and a filter gradient back out of them."""
+"""Rearrangements: blocks of an image into channels, and a filter gradient back out of them."""
 
 import triton
 import triton.language as tl
 
 
-# y[n, u, v, (c, a, b)] = x[n, c, u * STRIDE_H + a - pad_h, v * STRIDE_W + b - pad_w], zero outside the image and in the
-# channels beyond C * STRIDE_H * STRIDE_W.  A strided convolution of few channels becomes a stride-1 one of many.
+# y[n, u, v, (c, a, b)] = x[n, c, u * STEP_H + a - pad_h, v * STEP_W + b - pad_w] for a < BLOCK_H and b < BLOCK_W, zero
+# outside the image and in the channels beyond C * BLOCK_H * BLOCK_W.  A convolution of few channels becomes a stride-1
+# one of many.
 @triton.jit
 def space_to_depth(
     x,  # pointer, any strides
@@ -21,8 +22,10 @@ def space_to_depth(
     stride_xw,
     pad_h,
     pad_w,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
     DEPTH: tl.constexpr,
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,  # of v
@@ -34,9 +37,9 @@ def space_to_depth(
     u = strip % U
     n = (strip // U).to(tl.int64)
     d = tl.arange(0, COLS)
-    c = d // (STRIDE_H * STRIDE_W)
-    h = u * STRIDE_H + d // STRIDE_W % STRIDE_H - pad_h
-    w = v[:, None] * STRIDE_W + (d % STRIDE_W)[None, :] - pad_w
+    c = d // (BLOCK_H * BLOCK_W)
+    h = u * STEP_H + d // BLOCK_W % BLOCK_H - pad_h
+    w = v[:, None] * STEP_W + (d % BLOCK_W)[None, :] - pad_w
     inside = (v < V)[:, None] & ((c < C) & (h >= 0) & (h < H))[None, :] & (w >= 0) & (w < W)
     rows = n * stride_xn + c.to(INDEX) * stride_xc + h.to(INDEX) * stride_xh
     value = tl.load(x + rows[None, :] + w.to(INDEX) * stride_xw, mask=inside, other=0.0)

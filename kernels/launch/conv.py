@@ -217,7 +217,7 @@ def plan_wgrad(
     if tiles.first_layer(problem, "wgrad", x.dtype, precision, gpu):
         blocks, x, to_blocks = _to_depth(problem, x, gpu)
         blocked = scratch(layout.empty_image(blocks.w_shape, dw, channels_last=True))
-        last = plan_depth_to_space(blocked, dw, problem.stride, gpu=gpu)
+        last = plan_depth_to_space(blocked, dw, problem.blocks, gpu=gpu)
         return [to_blocks, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
     if padded.applies(problem, "wgrad", x.dtype, precision, gpu):
         [(wide, _)] = padded.problems(problem, "wgrad", x.dtype)
@@ -318,13 +318,13 @@ def _to_depth(problem: Conv2dProblem, x: torch.Tensor, gpu: GPU) -> tuple[Conv2d
     blocks = problem.space_to_depth
     image = scratch(layout.empty_image(blocks.x_shape, x, channels_last=True))
     padding = problem.padding[0][0], problem.padding[1][0]
-    return blocks, image, plan_space_to_depth(x, image, problem.stride, padding, gpu=gpu)
+    return blocks, image, plan_space_to_depth(x, image, problem.blocks, problem.stride, padding, gpu=gpu)
 
 
 def _filters_to_depth(problem: Conv2dProblem, w: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, Launch]:
     """The filters of that problem: blocked like an image of one filter each, without padding before."""
     blocked = scratch(layout.empty_image(problem.space_to_depth.w_shape, w, channels_last=True))
-    return blocked, plan_space_to_depth(w, blocked, problem.stride, (0, 0), gpu=gpu)
+    return blocked, plan_space_to_depth(w, blocked, problem.blocks, problem.blocks, (0, 0), gpu=gpu)
 
 
 def _slices(splits: int, dw: torch.Tensor) -> torch.Tensor:

@@ -17,15 +17,21 @@ from tileconv.kernels.launch.plans import scratch
 _SMALL = 1 << 17  # elements
 
 
-def plan_space_to_depth(x: torch.Tensor, y: torch.Tensor, stride: Pair, padding: Pair, *, gpu: GPU) -> Launch:
-    """The launch that writes y [N, DEPTH, U, V] (channels_last) from x [N, C, H, W], padded before by `padding`."""
+def plan_space_to_depth(
+    x: torch.Tensor, y: torch.Tensor, block: Pair, step: Pair, padding: Pair, *, gpu: GPU
+) -> Launch:  # fmt: skip
+    """The launch that writes y [N, DEPTH, U, V] (channels_last) from x [N, C, H, W], padded before by `padding`.
+
+    A pixel of y is a block of x, those of neighbours begin `step` apart.
+    """
     count, depth, rows, columns = y.shape
     cols = conv_tile.power_of_two(depth)
     tile = tiles.choose_elementwise(columns, cols, x.dtype, gpu)
     arguments = {
         "x": x, "y": y, "C": x.shape[1], "H": x.shape[2], "W": x.shape[3], "U": rows, "V": columns,
-        **strides("x", x, "nchw"), "pad_h": padding[0], "pad_w": padding[1], "STRIDE_H": stride[0],
-        "STRIDE_W": stride[1], "DEPTH": depth, "INDEX": index_type(x, y), "ROWS": tile.rows, "COLS": cols,
+        **strides("x", x, "nchw"), "pad_h": padding[0], "pad_w": padding[1], "BLOCK_H": block[0], "BLOCK_W": block[1],
+        "STEP_H": step[0], "STEP_W": step[1], "DEPTH": depth, "INDEX": index_type(x, y), "ROWS": tile.rows,
+        "COLS": cols,
     }  # fmt: skip
     programs = count * rows * triton.cdiv(columns, tile.rows)
     return Launch(device.space_to_depth, (programs,), arguments, tile.num_warps, 1, f"{tile.rows}x{cols}")
