@@ -182,13 +182,13 @@ def _arithmetic(case: Case, launches: Sequence[Any], gpu: Any) -> dict[int, tupl
 
     Depthwise sums are fused multiply-adds of fp32 (of fp64 for fp64); the others multiply on tensor cores.
     """
-    from tileconv.kernels import cost, layout
+    from tileconv.kernels import cost_rates, layout
 
     shape, dtype = shape_of(case), DTYPES[case.dtype]
     problem = conv_problem(shape)
     rate = gpu.peak(layout.sum_dtype(dtype), "ieee")
     if shape.op == "locally_connected2d":
-        rate = gpu.peak(dtype, case.precision) * cost.TENSOR_LOAD
+        rate = gpu.peak(dtype, case.precision) * cost_rates.TENSOR_LOAD
     each = [part.problem.flops for part in problem.dgrad] if case.pass_ == "dgrad" else [problem.flops]
     if shape.op == "locally_connected2d":
         each = [problem.flops]
