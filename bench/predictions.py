@@ -162,9 +162,10 @@ def _problems(case: Case, products: Sequence[Any], gpu: Any) -> list[tuple[Any, 
 
     shape, pass_ = shape_of(case), "fprop" if case.pass_ == "forward" else case.pass_
     problem = matrix_product(shape) if shape.op == "conv2d_im2col" else conv_problem(shape)
+    parts = problem.dgrad
     if shape.op == "conv_transpose2d" and pass_ != "wgrad":
-        pass_ = "dgrad" if pass_ == "fprop" else "fprop"
-    own = [part.problem for part in problem.dgrad] if pass_ == "dgrad" else [problem]
+        pass_, parts = "dgrad" if pass_ == "fprop" else "fprop", problem.transposed
+    own = [part.problem for part in parts] if pass_ == "dgrad" else [problem]
     if padded.applies(problem, pass_, DTYPES[case.dtype], case.precision, gpu):
         wide = padded.problems(problem, pass_, DTYPES[case.dtype])
         return [(inner, asked, as_) for (inner, as_), asked in zip(wide, own, strict=True)]
