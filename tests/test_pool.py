@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import tileconv.kernels as tk
-from tileconv.kernels import hardware, plane_tiles, reference, strip_tiles
+from tileconv.kernels import hardware, interpreter, plane_tiles, reference, strip_tiles
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
 from tileconv.kernels.launch import pool
 from tileconv.kernels.plane_tiles import PlaneTile
@@ -337,3 +339,24 @@ def test_a_gradient_of_more_windows_than_two_to_the_31_takes_64_bit_offsets(kind
              "planes": "max_backward_planes"}  # fmt: skip
     assert launch.kernel.__name__ == names.get(kind, "adaptive_max_backward")
     assert str(launch.arguments["INDEX"]) == "int64"
+
+
+@pytest.mark.skipif(not hardware.interpreting(), reason="runs one program of Triton's interpreter")
+def test_a_plane_of_more_than_two_to_the_31_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last program alone, over memory that nothing else touches."""
+    builder = interpreter.stock.interpreter_builder
+    problem = Pool2dProblem(1, 1, 46_401, 46_401, (3, 3), (2, 2))
+    assert problem.H * problem.W > 2**31
+    x, dx = (torch.from_numpy(np.zeros(problem.x_shape, np.float16)) for _ in range(2))
+    y, dy = (torch.from_numpy(np.zeros(problem.y_shape, np.float16)) for _ in range(2))
+    switch = torch.from_numpy(np.zeros(problem.y_shape, np.uint8))
+    x[..., -1, -1], dy[..., -1, -1] = 3, 5
+    forward = pool.plan_max_forward(problem, x, y, switch, gpu=hardware.INTERPRETER, strips=PlaneTile(2))
+    backward = pool.plan_max_backward(problem, dy, switch, None, dx, gpu=hardware.INTERPRETER, strips=PlaneTile(2))
+    for launch in (forward, backward):
+        last = launch.grid[0] - 1
+        monkeypatch.setattr(builder, "set_grid_idx", lambda *_, last=last: setattr(builder, "grid_idx", (last, 0, 0)))
+        with interpreter.bounds_check():
+            replace(launch, grid=(1,)).run()
+    assert y[..., -1, -1] == 3 and switch[..., -1, -1] == 8
+    assert dx[..., -2:, -2:].flatten().tolist() == [0, 0, 0, 5]

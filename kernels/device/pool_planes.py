@@ -104,8 +104,8 @@ def max_forward_planes(
     p0 = program % STRIPS * LONG
     h0 = p0 * STRIDE_H - PAD_H
     w = q * STRIDE_W - PAD_W
-    corner = x + (plane * (H * W) + h0 * W + w)
-    out = plane * (P * Q) + p0 * Q + q
+    corner = x + (plane * (H * W) + tl.cast(h0, INDEX) * W + w)
+    out = plane * (P * Q) + tl.cast(p0, INDEX) * Q + q
     maxima = ()
     first = _rows(corner, h0, inside, own, w, W, LIMIT_H, LIMIT_W, 0, 0, KEPT, S, STRIDE_H, STRIDE_W, OUTSIDE)
     ahead = ()
@@ -194,8 +194,8 @@ def max_backward_planes(
     plane, j, inside, own = _column(program // STRIPS, POSITIONS, COLUMNS, BACK_W, 0, LANES, INDEX)
     lane = tl.arange(0, LANES)
     i0 = program % STRIPS * LONG
-    at = plane * (P * Q) + i0 * Q + j
-    out = plane * (H * W) + (i0 * STRIDE_H - PAD_H) * W + (j * STRIDE_W - PAD_W)
+    at = plane * (P * Q) + tl.cast(i0, INDEX) * Q + j
+    out = plane * (H * W) + tl.cast(i0 * STRIDE_H - PAD_H, INDEX) * W + (j * STRIDE_W - PAD_W)
     within = inside & (j < Q)
     grads = ()
     taps = ()
