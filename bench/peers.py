@@ -132,7 +132,7 @@ def configs() -> list[Any]:
 
 def at_best(case: Case, config: Any, facts: dict[str, Any], gpu: Any) -> dict[str, Any]:
     """The modelled half of a row: a lower bound of the time, and what bounds it."""
-    from tileconv.kernels import cost
+    from tileconv.kernels import cost, cost_rates
 
     problem, dtype = conv_problem(shape_of(case)), DTYPES[case.dtype]
     depth = {
@@ -146,7 +146,7 @@ def at_best(case: Case, config: Any, facts: dict[str, Any], gpu: Any) -> dict[st
     least = problem.bytes_least(dtype.itemsize)
     idle = max(1.0, gpu.sms / facts["ctas"])
     times = {
-        "tensor": 1e6 * idle * flops / gpu.peak(dtype, case.precision) / cost.TENSOR_LOAD,
+        "tensor": 1e6 * idle * flops / gpu.peak(dtype, case.precision) / cost_rates.TENSOR_LOAD,
         "L2": 1e6 * read / gpu.l2,
         "DRAM": 1e6 * least / gpu.dram,
     }

@@ -162,9 +162,10 @@ def _problems(case: Case, products: Sequence[Any], gpu: Any) -> list[tuple[Any, 
 
     shape, pass_ = shape_of(case), "fprop" if case.pass_ == "forward" else case.pass_
     problem = matrix_product(shape) if shape.op == "conv2d_im2col" else conv_problem(shape)
+    parts = problem.dgrad
     if shape.op == "conv_transpose2d" and pass_ != "wgrad":
-        pass_ = "dgrad" if pass_ == "fprop" else "fprop"
-    own = [part.problem for part in problem.dgrad] if pass_ == "dgrad" else [problem]
+        pass_, parts = "dgrad" if pass_ == "fprop" else "fprop", problem.transposed
+    own = [part.problem for part in parts] if pass_ == "dgrad" else [problem]
     if padded.applies(problem, pass_, DTYPES[case.dtype], case.precision, gpu):
         wide = padded.problems(problem, pass_, DTYPES[case.dtype])
         return [(inner, asked, as_) for (inner, as_), asked in zip(wide, own, strict=True)]
@@ -182,13 +183,13 @@ def _arithmetic(case: Case, launches: Sequence[Any], gpu: Any) -> dict[int, tupl
 
     Depthwise sums are fused multiply-adds of fp32 (of fp64 for fp64); the others multiply on tensor cores.
     """
-    from tileconv.kernels import cost, layout
+    from tileconv.kernels import cost_rates, layout
 
     shape, dtype = shape_of(case), DTYPES[case.dtype]
     problem = conv_problem(shape)
     rate = gpu.peak(layout.sum_dtype(dtype), "ieee")
     if shape.op == "locally_connected2d":
-        rate = gpu.peak(dtype, case.precision) * cost.TENSOR_LOAD
+        rate = gpu.peak(dtype, case.precision) * cost_rates.TENSOR_LOAD
     each = [part.problem.flops for part in problem.dgrad] if case.pass_ == "dgrad" else [problem.flops]
     if shape.op == "locally_connected2d":
         each = [problem.flops]

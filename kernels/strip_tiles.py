@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from tileconv.kernels import cost
+from tileconv.kernels import cost, cost_rates
 from tileconv.kernels.conv_tile import power_of_two
 from tileconv.kernels.geometry import Pair, Pool2dProblem
 from tileconv.kernels.hardware import GPU
@@ -129,4 +129,4 @@ def _busy_us(problem: Pool2dProblem, pass_: str, dtype: torch.dtype, gpu: GPU, t
     each = tile.rows * tile.cols // (32 * tile.num_warps)
     step = STEP_INSTRUCTIONS + INSTRUCTIONS[pass_] * operations * each * tile.wide
     turns = max(WARPS_TO_FILL, -(-warps // (4 * gpu.sms)) / filled) if filled else math.inf
-    return 1e6 * (cost.FILL_CYCLES + (tile.long + 1) * step * turns) / gpu.clock
+    return 1e6 * (cost_rates.FILL_CYCLES + (tile.long + 1) * step * turns) / gpu.clock

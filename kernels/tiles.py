@@ -28,7 +28,9 @@ def first_layer(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precisio
     """
     few = problem.C <= 4 and problem.dilation == (1, 1) and problem.groups == 1
     strided, on_tensor_cores = max(problem.stride) > 1, fp32.on_tensor_cores(dtype, precision)
-    if not few or pass_ == "dgrad" or (not strided and addressable(problem, pass_, dtype)):
+    if not few or pass_ == "dgrad":
+        return False
+    if not strided and (problem.S == 1 or addressable(problem, pass_, dtype)):
         return False
     by_blocks = strided and on_tensor_cores
     if not by_blocks and (on_tensor_cores or (pass_ == "fprop" and strided)):

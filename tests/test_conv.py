@@ -371,6 +371,12 @@ def test_columns_that_cannot_be_made_together(changes: dict[str, Any], error: st
 
 def test_no_forward_pass_makes_several_columns() -> None:
     """They multiply what is beside a window by zero; only a gradient may carry a NaN so far."""
+    problem = Conv2dProblem(128, 64, 56, 56, 192, 3, 3, padding=((1, 1), (1, 1)))
+    one, several = (
+        tiles.choose(part.problem, "dgrad", torch.float16, "ieee", hardware.GPUS["H100"]).columns
+        for (part,) in (problem.transposed, problem.dgrad)
+    )
+    assert (one, several) == (1, 2)
     x, w = torch.randn(2, 48, 5, 7), torch.randn(48, 24, 3, 3)
     tile = {"formulation": "box", "box": (4, 4, 1), "block_k": 64, "block_c": 32, "columns": 2}
     for run in (lambda: tk.conv2d(x, w.transpose(0, 1)), lambda: tk.conv_transpose2d(x, w)):
@@ -574,7 +580,8 @@ def test_first_layers_without_a_stride_go_by_blocks_where_the_model_has_them_qui
 
     assert by_blocks(large) and by_blocks(large, "wgrad")
     assert by_blocks(replace(large, N=1)), "the batch has no say"
-    assert not by_blocks(small) and not by_blocks(large, gpu="A100") and not by_blocks(replace(large, dilation=(2, 2)))
+    others = [small, replace(large, dilation=(2, 2)), replace(large, R=1, S=1, padding=((0, 0), (0, 0)))]
+    assert not any(by_blocks(problem) for problem in others) and not by_blocks(large, gpu="A100")
 
 
 def test_patches_of_plain_fp32_go_by_blocks_where_the_model_has_them_quicker() -> None:
