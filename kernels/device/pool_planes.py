@@ -8,8 +8,8 @@ begin at any address, so that elements go one at a time.  Results are those of p
 import triton
 import triton.language as tl
 
-from tileconv.kernels.device.pool import _cell_sum, key_place, key_value, larger
-from tileconv.kernels.device.pool_strips import _after, _row_maximum, _window
+from tileconv.kernels.device.pool import _cell_sum
+from tileconv.kernels.device.pool_strips import _after, _row_maximum, _window, _window_maximum
 
 
 @triton.jit
@@ -94,7 +94,6 @@ def max_forward_planes(
     NEW: tl.constexpr = R - KEPT
     EACH: tl.constexpr = NEW * (S if S < STRIDE_W else STRIDE_W)
     TYPE: tl.constexpr = x.dtype.element_ty
-    PLACE: tl.constexpr = TYPE.primitive_bitwidth
     LIMIT_H: tl.constexpr = min(H, (P - 1) * STRIDE_H - PAD_H + R)  # what lies beyond belongs to no window
     LIMIT_W: tl.constexpr = min(W, (Q - 1) * STRIDE_W - PAD_W + S)
     program = tl.program_id(0)
@@ -124,18 +123,11 @@ def max_forward_planes(
         for r in tl.static_range(NEW):
             rows = rows + (_maximum(ahead, r, w, lane, S, STRIDE_W, LANES, PAD_W),)
         ahead = _after(ahead, EACH)
-        key = rows[0]
-        if PAD_H > 0:
-            key += tl.cast(tl.maximum(-(h0 + step * STRIDE_H), 0) * S, key.dtype) << PLACE
-        for r in tl.static_range(1, R):
-            key = larger(rows[r] + (r * S << PLACE), key, TYPE)
-        best = key_value(key, TYPE)
-        if ACTIVATION == "relu":
-            best = tl.where(best < 0, tl.zeros_like(best), best)
+        best, place = _window_maximum(rows, h0 + step * STRIDE_H, R, S, PAD_H > 0, ACTIVATION, TYPE)
         valid = own & (p0 + step < P)
         tl.store(y + (out + step * Q), best, mask=valid)
         if HAS_SWITCH:
-            tl.store(switch + (out + step * Q), key_place(key, TYPE).to(tl.uint8), mask=valid)
+            tl.store(switch + (out + step * Q), place, mask=valid)
         maxima = _after(rows, NEW)
 
 

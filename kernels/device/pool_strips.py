@@ -62,6 +62,22 @@ def _row_maximum(pixels, w, FIRST: tl.constexpr, S: tl.constexpr, BEFORE: tl.con
     return best
 
 
+@triton.jit
+def _window_maximum(
+    rows, h, R: tl.constexpr, S: tl.constexpr, BEFORE: tl.constexpr, ACTIVATION: tl.constexpr, TYPE: tl.constexpr
+):
+    # What a pool writes of a window that begins at h, from the keys of its R rows: the value and its switch.
+    key = rows[0]
+    if BEFORE:
+        key += tl.cast(tl.maximum(-h, 0) * S, key.dtype) << TYPE.primitive_bitwidth
+    for r in tl.static_range(1, R):
+        key = larger(rows[r] + (r * S << TYPE.primitive_bitwidth), key, TYPE)
+    best = key_value(key, TYPE)
+    if ACTIVATION == "relu":
+        best = tl.where(best < 0, tl.zeros_like(best), best)
+    return best, key_place(key, TYPE).to(tl.uint8)
+
+
 # y and switch as in pool.max_forward.  Rows first: a row's maxima serve every window that the row is in, and of equals
 # the first, of NaN the last in row order wins as if all taps were taken in turn.
 @triton.jit
@@ -145,16 +161,9 @@ def max_forward_strips(
             for r in tl.static_range(STRIDE_H):
                 new = _row_maximum(pixels, w0 + j * STRIDE_W, r * COUNT + j * STRIDE_W, S, j * STRIDE_W < PAD_W)
                 rows = rows + (new,)
-            key = rows[0]
-            if PAD_H > 0:
-                key += tl.cast(tl.maximum(-h, 0) * S, key.dtype) << TYPE.primitive_bitwidth
-            for r in tl.static_range(1, R):
-                key = larger(rows[r] + (r * S << TYPE.primitive_bitwidth), key, TYPE)
-            best = key_value(key, TYPE)
-            if ACTIVATION == "relu":
-                best = tl.where(best < 0, tl.zeros_like(best), best)
+            best, place = _window_maximum(rows, h, R, S, PAD_H > 0, ACTIVATION, TYPE)
             tl.store(y + at + j * stride_yq, best, mask=owned & (q0 + j < Q))
-            places = places + (key_place(key, TYPE).to(tl.uint8),)
+            places = places + (place,)
             for r in tl.static_range(KEPT):
                 kept = kept + (rows[STRIDE_H + r],)
         if HAS_SWITCH:
