@@ -282,8 +282,7 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("channels", [24, 32], ids="{} channels".format)
+@pytest.mark.parametrize(("channels", "groups"), [(24, 1), (32, 2)], ids=["24 channels", "32 of two groups"])
 @pytest.mark.parametrize("tile", COLUMNS.values(), ids=COLUMNS)
 def test_several_columns_of_a_gradient(tile: dict[str, Any], channels: int, groups: int) -> None:
     """Both ways out: blocks that their columns' channels fill leave as boxes, others by pointers."""
@@ -543,8 +542,9 @@ def test_patches_by_blocks_read_nothing_beside_their_windows() -> None:
     assert holed[1, :, 1, 0].all() and holed.sum() == w.shape[0]
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("formulation", ["pixel", "box"])
+@pytest.mark.parametrize(
+    ("formulation", "memory_format"), [("pixel", torch.contiguous_format), ("box", CHANNELS_LAST)], ids=["pixel", "box"]
+)
 @pytest.mark.parametrize(
     ("x_shape", "w_shape", "padding"),
     [
