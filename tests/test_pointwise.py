@@ -29,7 +29,46 @@ def test_relu_is_torchs(dtype: torch.dtype) -> None:
     assert torch.equal(y.nan_to_num(nan=7), want.nan_to_num(nan=7))
     dy = torch.randn_like(y)
     (ours,), (theirs,) = (torch.autograd.grad(out, x, dy) for out in (y, want))
-    assert torch.equal(ours[1:], theirs[1:])
+    assert torch.equal(ours, theirs)
+
+
+RELUS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "conv2d": (
+        lambda x, w, b: tk.conv2d(x, w, b, activation="relu"),
+        lambda x, w, b: F.relu(F.conv2d(x, w, b)),
+    ),
+    "linear": (
+        lambda x, w, b: tk.linear(x.flatten(2), w.new_ones(3, 64), b, activation="relu"),
+        lambda x, w, b: F.relu(F.linear(x.flatten(2), w.new_ones(3, 64), b)),
+    ),
+    "pool": (lambda x, w, b: tk.max_pool2d(x, 3, 2, activation="relu"), lambda x, w, b: F.relu(F.max_pool2d(x, 3, 2))),
+    "dilated pool": (
+        lambda x, w, b: tk.max_pool2d(x, 2, 1, 1, 2, activation="relu"),
+        lambda x, w, b: F.relu(F.max_pool2d(x, 2, 1, 1, 2)),
+    ),
+    "conv2d_max_pool2d": (
+        lambda x, w, b: tk.conv2d_max_pool2d(x, w, b, pool_kernel_size=2),
+        lambda x, w, b: F.max_pool2d(F.relu(F.conv2d(x, w, b)), 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELUS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_nan_passes_relus_gradient_on_as_in_pytorch(name: str, memory_format: torch.memory_format) -> None:
+    x, w, b = torch.randint(-3, 4, (2, 2, 8, 8)).float(), torch.eye(2).view(2, 2, 1, 1), torch.zeros(2)
+    b = torch.zeros(3) if name == "linear" else b
+    x[:, :, 2, 5] = torch.nan
+    x = x.contiguous(memory_format=memory_format)
+    found = []
+    for relu in RELUS[name]:
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, b)]
+        y = relu(leaves[0], w, leaves[1])
+        assert y.isnan().any()
+        y.sum().backward()
+        found.append([leaf.grad for leaf in leaves if leaf.grad is not None])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_relu_keeps_strides_and_works_in_place() -> None:

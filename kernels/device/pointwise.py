@@ -12,14 +12,14 @@ def relu_forward(x, y, SIZE, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + i, tl.where(value <= 0, tl.zeros_like(value), value), mask=i < SIZE)
 
 
-# dx = dy where y > 0, else 0: ReLU's gradient from the sign of its output.  Dropout behind it zeroes outputs too and
-# scales the others, so with its `scale` that is the gradient of both.
+# dx = 0 where y <= 0, else dy: ReLU's gradient from its output; NaN passes it on, as in PyTorch.  Dropout behind it
+# zeroes outputs too and scales the others, so with its `scale` that is the gradient of both.
 @triton.jit
 def relu_backward(dy, y, dx, scale, SIZE, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.cast(tl.program_id(0), INDEX) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(dy + i, mask=i < SIZE, other=0.0)
     value = tl.load(y + i, mask=i < SIZE, other=0.0)
-    grad = tl.where(value > 0, grad, tl.zeros_like(grad))
+    grad = tl.where(value <= 0, tl.zeros_like(grad), grad)
     tl.store(dx + i, _scaled(grad, scale).to(dx.dtype.element_ty), mask=i < SIZE)
 
 
@@ -30,7 +30,7 @@ def _scaled(value, scale):
     return value
 
 
-# sums[strip, k] = the sum of dy over a strip of pixels, masked by y > 0, scaled and kept as dx with MASK.  One pass
+# sums[strip, k] = the sum of dy over a strip of pixels, masked where y <= 0, scaled and kept as dx with MASK.  One pass
 # makes the masked gradient and the bias gradient: 6 bytes an fp16 element in all, where masking inside dgrad and wgrad
 # would read y again for every tap and put a register pass between the loads and the tensor cores.  Every element of a
 # block has a sum of its own until the last step: adding up columns in the loop, threads would meet in every step (3
@@ -73,7 +73,7 @@ def bias_backward(
         if MASK:
             at = (n * stride_yn + i * stride_yi)[:, None] + k.to(INDEX)[None, :] * stride_yk
             value = tl.load(y + at, mask=inside, other=0.0)
-            grad = _scaled(tl.where(value > 0, grad, tl.zeros_like(grad)), scale)
+            grad = _scaled(tl.where(value <= 0, tl.zeros_like(grad), grad), scale)
             tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=inside)
         total += grad.to(ACC)
     tl.store(sums + tl.cast(strip, INDEX) * K + k, tl.sum(total, axis=0), mask=k < K)

@@ -245,7 +245,7 @@ def max_backward(
         tap = tl.load(switch + at, mask=valid, other=0).to(tl.int32)
         hit = valid & (tap == r * S + s)
         if MASK:
-            hit = hit & (tl.load(y + at, mask=hit, other=0.0) > 0)
+            hit = hit & ~(tl.load(y + at, mask=hit, other=0.0) <= 0)
         grad = tl.load(grad_base + p.to(INDEX) * stride_gp + q.to(INDEX) * stride_gq, mask=hit, other=0.0)
         acc += grad.to(ACC)
     out = n * stride_xn + c * stride_xc + h.to(INDEX) * stride_xh + w.to(INDEX) * stride_xw
@@ -308,7 +308,7 @@ def max_backward_cells(
         at = out_base + p.to(INDEX) * stride_yp + q.to(INDEX) * stride_yq
         grad = tl.load(grad_base + p.to(INDEX) * stride_gp + q.to(INDEX) * stride_gq, mask=valid, other=0.0)
         if MASK:
-            grad = tl.where(tl.load(y + at, mask=valid, other=0.0) > 0, grad, tl.zeros_like(grad))
+            grad = tl.where(tl.load(y + at, mask=valid, other=0.0) <= 0, tl.zeros_like(grad), grad)
         grads = grads + (grad.to(ACC),)
         taps = taps + (tl.load(switch + at, mask=valid, other=0).to(tl.int32),)
     if ABREAST == 2:

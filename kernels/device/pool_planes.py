@@ -137,7 +137,7 @@ def _windows(dy, switch, y, at, valid, lane, MASK: tl.constexpr, ACC: tl.constex
     grad = tl.load(dy + at, mask=valid, other=0.0)
     tap = tl.load(switch + at, mask=valid, other=0).to(tl.int32)
     if MASK:
-        grad = tl.where(tl.load(y + at, mask=valid, other=0.0) > 0, grad, tl.zeros_like(grad))
+        grad = tl.where(tl.load(y + at, mask=valid, other=0.0) <= 0, tl.zeros_like(grad), grad)
     grads = ()
     taps = ()
     if grad.dtype.primitive_bitwidth == 16:  # both in one shuffle

@@ -182,7 +182,7 @@ def _window_row(dy, switch, y, at_dy, at, inside, q0, Q, stride_gq, stride_yq, M
         valid = inside & (q0 + k >= 0) & (q0 + k < Q)
         grad = tl.load(dy + at_dy + k * stride_gq, mask=valid, other=0.0)
         if MASK:
-            grad = tl.where(tl.load(y + at + k * stride_yq, mask=valid, other=0.0) > 0, grad, tl.zeros_like(grad))
+            grad = tl.where(tl.load(y + at + k * stride_yq, mask=valid, other=0.0) <= 0, tl.zeros_like(grad), grad)
         grads = grads + (grad,)
     TOGETHER: tl.constexpr = dy.dtype.element_ty.primitive_bitwidth // 8
     for k in tl.static_range(0, COUNT, TOGETHER):

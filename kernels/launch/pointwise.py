@@ -21,7 +21,7 @@ def plan_relu(x: torch.Tensor, y: torch.Tensor, *, gpu: GPU) -> Launch:
 def plan_relu_backward(
     dy: torch.Tensor, y: torch.Tensor, dx: torch.Tensor, dropout: float = 0.0, *, gpu: GPU
 ) -> Launch:
-    """The launch that writes dx = dy / (1 - dropout) where y > 0, else 0; vectors laid out alike."""
+    """The launch that writes dx = 0 where y <= 0, else dy / (1 - dropout); vectors laid out alike."""
     scale = dropout_scale(dropout) if dropout else None
     return _flat(device.relu_backward, {"dy": dy, "y": y, "dx": dx, "scale": scale}, dy.numel(), dy, gpu)
 
@@ -54,7 +54,7 @@ def plan_bias_backward(
 ) -> list[Launch]:  # fmt: skip
     """The launches that write sums [K] from dy [N, K, P, Q].
 
-    If y and dx, laid out alike, are given, they are the sums of dx, which is dy / (1 - dropout) where y > 0, else 0.
+    If y and dx, laid out alike, are given, they are the sums of dx, which is 0 where y <= 0, else dy / (1 - dropout).
     """
     images, width, pixels = dy.shape[0], dy.shape[1], dy.shape[2] * dy.shape[3]
     dy = rows_in_line(dy)

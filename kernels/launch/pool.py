@@ -70,7 +70,7 @@ def plan_max_backward(
     gpu: GPU,
     strips: StripTile | PlaneTile | None = None,
 ) -> Launch:
-    """The launch that writes dx from dy; with y (laid out like switch), only windows with y > 0 pass a gradient on.
+    """The launch that writes dx from dy; with y (laid out like switch), windows with y <= 0 pass no gradient on.
 
     `strips` as in plan_max_forward.
     """
