@@ -177,7 +177,7 @@ def why_invalid(
         if tile.columns < 1 or tile.formulation == "gather" or not ready:
             return (
                 f"columns={tile.columns}: allowed is 1, and more in input gradients with pixel or box of one column, "
-                "stride and dilation 1 along it, several taps and block_k2=0"
+                "stride and dilation 1 along it, several taps, and block_k2=0 or across"
             )
         if problem.group_filters > tile.filters:
             return f"columns={tile.columns} of {problem.group_filters} channels are more than block_k={tile.block_k}"
@@ -213,12 +213,12 @@ def why_invalid(
         )
     if max(tile.block_k * tile.pixels, max(tile.block_k, tile.pixels) * tile.block_c) > MAX_NUMEL:
         return f"{tile} has a block of more than {MAX_NUMEL} elements"
+    if tile.across and (reason := _not_across(tile, pass_, precision)):
+        return reason
     if tile.formulation == "gather":
         return None if tile.box[1:] == (1, 1) else f"box={tile.box}: gather counts flat pixels in box[0]"
     if not gpu.has_descriptors:
         return f"formulation={tile.formulation!r} needs tensor descriptors (sm_90 or newer); this is {gpu.name}"
-    if tile.across and (reason := _not_across(tile, pass_, precision)):
-        return reason
     if not addressable(problem, pass_, read):
         return (
             f"formulation={tile.formulation!r} needs a group's channels (its filters too in dgrad and wgrad) in "

@@ -342,6 +342,7 @@ def test_second_product_across(
         ({"splits": 2}, "across=True needs fprop or dgrad"),
         ({"box": (16, 5, 1)}, "across=True needs fprop or dgrad"),
         ({"box": (16, 1, 2)}, "pixel takes one row and one column"),
+        ({"formulation": "gather", "block_k2": 0}, "across=True needs fprop or dgrad"),
     ],
     ids=str,
 )

@@ -36,6 +36,12 @@ WAYS = {
     "pixels": Way(("fprop_box",), tile=PIXEL),
     "a box": Way(("fprop_box",), tile=PIXEL | {"formulation": "box", "box": (8, 2, 1)}),
     "second product": Way(("fprop_box",), tile=PIXEL | {"block_k": 32, "block_k2": 16}),
+    "second product across": Way(
+        ("fprop_across",), size=(20, 40, 88), tile=PIXEL | {"block_k": 64, "block_k2": 32, "across": True}
+    ),
+    "second product across, fp32": Way(
+        ("fprop_across",), torch.float32, (20, 40, 88), PIXEL | {"block_k": 64, "block_k2": 32, "across": True}
+    ),
     "depth shared": Way(("fprop_box", "fprop_finish"), tile=PIXEL | {"splits": 2}),
     "depth of the last tiles shared": Way(
         ("fprop_box", "fprop_finish"),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tileconv.kernels.device.conv import box_origin, filter_load, row_load, store_box
-from tileconv.kernels.device.conv_steps import bias_and_activation, next_tap, one_at_least, pixel_load
+from tileconv.kernels.device.conv_steps import finished, next_tap, one_at_least, pixel_load
 
 
 # As fprop_box with BOX_W = 1, whose arguments these are; but BOX_H boxes of one row each, stride_h apart.
@@ -21,6 +21,7 @@ def fprop_across(
     y,  # descriptors of [N, P, Q, (GROUPS,) K], box [BOX_N, 1, 1, (1,) BLOCK_K or BLOCK_K2]; pointers if not STORE_BOX
     y2,
     bias,  # pointer to [GROUPS * K], or None
+    seed,  # of dropout, as in fprop_box
     N,
     H,
     W,
@@ -36,6 +37,8 @@ def fprop_across(
     pad_w,
     stride_h,
     stride_w,
+    dropout,
+    scale,
     R: tl.constexpr,
     S: tl.constexpr,
     DIL_H: tl.constexpr,
@@ -47,6 +50,7 @@ def fprop_across(
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
     STORE_BOX: tl.constexpr,
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -101,25 +105,29 @@ def fprop_across(
         c, s, r = next_tap(c, s, r, s_lo, s_hi, C, BLOCK_C)
     for i in tl.static_range(BOX_H):
         _finish(
-            y, upper[i], bias, k0, g, n, p + i, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, GROUPS,
-            HAS_BIAS, ACTIVATION, STORE_BOX, INDEX, OUT, BOX_N, BLOCK_K, COLUMNS, COLUMN_K,
+            y, upper[i], bias, seed, k0, g, n, p + i, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
+            dropout, scale, GROUPS, HAS_BIAS, ACTIVATION, DROPOUT, STORE_BOX, INDEX, OUT, BOX_N, BLOCK_K, COLUMNS,
+            COLUMN_K,
         )  # fmt: skip
         _finish(
-            y2, lower[i].T, bias, k0 + BLOCK_K, g, n, p + i, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk,
-            GROUPS, HAS_BIAS, ACTIVATION, STORE_BOX, INDEX, OUT, BOX_N, BLOCK_K2, COLUMNS, COLUMN_K,
+            y2, lower[i].T, bias, seed, k0 + BLOCK_K, g, n, p + i, q, N, P, Q, K, stride_yn, stride_yp, stride_yq,
+            stride_yk, dropout, scale, GROUPS, HAS_BIAS, ACTIVATION, DROPOUT, STORE_BOX, INDEX, OUT, BOX_N, BLOCK_K2,
+            COLUMNS, COLUMN_K,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    y, acc, bias, k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, GROUPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, STORE_BOX: tl.constexpr, INDEX: tl.constexpr, OUT: tl.constexpr,
-    BOX_N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_K: tl.constexpr,
+    y, acc, bias, seed, k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, dropout, scale,
+    GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
+    STORE_BOX: tl.constexpr, INDEX: tl.constexpr, OUT: tl.constexpr, BOX_N: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, COLUMN_K: tl.constexpr,
 ):  # fmt: skip
     k = k0 + tl.arange(0, ROWS)
     if COLUMNS > 1:
         k = k % COLUMN_K
-    acc = bias_and_activation(acc, bias, g, k, K, HAS_BIAS, ACTIVATION)
+    image = n + tl.arange(0, BOX_N)
+    acc = finished(acc, bias, seed, g, k, image, K, dropout, scale, HAS_BIAS, ACTIVATION, DROPOUT)
     store_box(
         y, acc.to(OUT), k0, g, n, p, q, N, P, Q, K, stride_yn, stride_yp, stride_yq, stride_yk, GROUPS, STORE_BOX,
         BOX_N, 1, 1, ROWS, INDEX, COLUMNS, COLUMN_K,

@@ -410,8 +410,7 @@ def _plan_across(
     def output_box(rows: int) -> TensorDescriptor | torch.Tensor:
         return image_descriptor(y, problem.groups, images, rows) if store_box else y
 
-    unused = ("seed", "dropout", "scale", "DROPOUT", "PARTS")
-    arguments = {name: value for name, value in common.items() if name not in unused} | {
+    arguments = {name: value for name, value in common.items() if name != "PARTS"} | {
         "x": pixel_descriptor(image, problem.groups, images, tile.block_c),
         "w": filter_box(tile.block_k), "w2": filter_box(tile.block_k2),
         "y": output_box(tile.block_k), "y2": output_box(tile.block_k2),
