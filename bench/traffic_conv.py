@@ -127,7 +127,9 @@ def _fprop_across(a: Arguments) -> Traffic:
     written = whole * itemsize(a["y"])
     weights = groups * K * a["C"] * a["R"] * a["S"] * size
     least = _image_bytes(a) + weights + written + (groups * K * itemsize(a["bias"]) if bias_bytes else 0)
-    return Traffic(h * w * a["C"] * groups * filter_tiles * size + filters * size + bias_bytes, written, least)
+    finished = 2 * rows.box * h_ranges.total() * w_ranges.total() * filter_tiles * groups
+    read = h * w * a["C"] * groups * filter_tiles * size + filters * size + bias_bytes
+    return _drawn(a, finished, Traffic(read, written, least))
 
 
 def _narrow_tiles(a: Arguments, rows: _Axis, columns: _Axis, filter_tiles: int) -> list[int]:

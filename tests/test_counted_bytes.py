@@ -483,7 +483,8 @@ def test_dropout():
     agrees([pointwise.plan_dropout(x, torch.empty_like(x), seed, 0.5, gpu=GPU)])
     problem = square(0, R=1, S=1, H=1, W=1, N=20)
     x, w, bias, y = tensors(problem)
-    for tile in (PIXEL, PIXEL | {"block_k2": 16, "splits": 2, "tail": 2}, GATHER):
+    across = PIXEL | {"block_k2": 16, "across": True}
+    for tile in (PIXEL, PIXEL | {"block_k2": 16, "splits": 2, "tail": 2}, across, GATHER):
         with tiles.override(**tile):
             agrees(conv.plan_fprop(problem, x, w, bias, y, seed, gpu=GPU, dropout=0.5))
 
