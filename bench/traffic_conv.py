@@ -216,12 +216,12 @@ def _filters(a: Arguments) -> int:
 
 def _filter_elements(a: Arguments, r: int, s: int) -> int:
     """Filter elements that one pixel box loads for the taps it meets at (r, s): all groups and tiles, clipped by the
-    matrix alone.
+    matrix alone, with TRANSPOSED that of a group.
     """
     blocks = [(a["BLOCK_K"], 0)] + ([(a["BLOCK_K2"], a["BLOCK_K"])] if a["BLOCK_K2"] else [])
     if a["COLUMNS"] > 1:
         return sum(_row_elements(a, s, block, below) for block, below in blocks)
-    height, width = a["w"].shape
+    height, width = a["w"].shape[-2:]
     total = 0
     for g, k0 in itertools.product(range(a["GROUPS"]), range(0, a["K"], _filters(a))):
         for (block, below), c, (_, part) in itertools.product(
@@ -230,7 +230,7 @@ def _filter_elements(a: Arguments, r: int, s: int) -> int:
             tap = a["TAP_0"] + r * a["TAP_R"] + s * a["TAP_S"]
             k, column = k0 + below, tap * a["PARTS"] + part
             if a["TRANSPOSED"]:
-                total += clip(g * a["C"] + c, a["BLOCK_C"], height) * clip(column * a["K"] + k, block, width)
+                total += clip(c, a["BLOCK_C"], height) * clip(column * a["K"] + k, block, width)
             else:
                 total += clip(g * a["K"] + k, block, height) * clip(column * a["C"] + c, a["BLOCK_C"], width)
     return total
@@ -239,11 +239,7 @@ def _filter_elements(a: Arguments, r: int, s: int) -> int:
 def _row_elements(a: Arguments, s: int, block: int, below: int) -> int:
     """The same with COLUMNS: a box of a row of taps, clipped by that row."""
     own = clip((a["S"] - 1 - s) * a["K"] + below, block, a["S"] * a["K"])
-    total = 0
-    for g, c in itertools.product(range(a["GROUPS"]), range(0, a["C"], a["BLOCK_C"])):
-        first, depth = (g * a["C"] + c, a["GROUPS"] * a["C"]) if a["TRANSPOSED"] else (c, a["C"])
-        total += own * clip(first, a["BLOCK_C"], depth)
-    return total * len(_products(a["PARTS"]))
+    return int(own * a["C"] * a["GROUPS"] * len(_products(a["PARTS"])))
 
 
 def _outputs(a: Arguments, filter_tiles: int, boxes: int) -> tuple[int, int, int]:

@@ -531,6 +531,44 @@ def test_nan_and_infinity_go_where_torch_sends_them(channels: int, stride: int) 
     assert torch.equal(got.isinf(), want.isinf())
 
 
+GROUPED = {
+    "gather": {"formulation": "gather"},
+    "box": {"formulation": "box"},
+    "pixel": {"formulation": "pixel"},
+    "columns": COLUMNS["two of 24 in 64"] | {"formulation": "box", "block_c": 16},
+    "across": {"formulation": "pixel", "box": (16, 2, 1), "block_k": 64, "block_k2": 32, "block_c": 16, "across": True},
+}
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("tile", GROUPED.values(), ids=GROUPED)
+def test_infinities_of_one_group_stay_in_it(tile: dict[str, Any], precision: str) -> None:
+    """24 channels and filters a group leave steps of 16 and 32 a block half full: beside it the next group lies."""
+    x, w, _ = operands(Case("", (3, 72, 4, 5), (72, 24, 3, 3)), torch.float32)
+    dy, rest = torch.randn(x.shape).to(memory_format=CHANNELS_LAST), ((1, 1), (1,) * 4, (1, 1), 3, precision)
+
+    def groups_of(name: str, x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
+        with tiles.override(**tile):
+            if name == "y":
+                return list(tk.conv2d(x, w, padding=1, groups=3, precision=precision).chunk(3, 1))
+            if name == "dx":
+                return list(OPS.conv2d_dgrad(dy, w, x.shape, *rest, True).chunk(3, 1))
+            return list(OPS.conv2d_wgrad(dy, x, w.shape, *rest).chunk(3, 0))
+
+    spoilt = x.clone(), w.clone(), dy.clone()
+    for operand, axis in zip(spoilt, (1, 0, 1), strict=True):
+        operand.narrow(axis, 24, 24).fill_(float("inf"))
+    for name, (left, right) in {"y": (0, 1), "dx": (1, 2), "dw": (0, 2)}.items():
+        if name != "dx" and tile.keys() > {"formulation"}:
+            continue  # tiles of input gradients alone
+        clean = groups_of(name, x, w, dy)
+        for one in (left, right):
+            operand = [spoilt[i] if i == one else whole for i, whole in enumerate((x, w, dy))]
+            first, own, last = groups_of(name, *operand)
+            assert not own.isfinite().all(), name
+            assert torch.equal(first, clean[0]) and torch.equal(last, clean[2]), name
+
+
 def test_patches_by_blocks_read_nothing_beside_their_windows() -> None:
     x, w, b = operands(Case("", (2, 3, 9, 8), (24, 3, 4, 4)), torch.float32)
     x[:, :, 8] = float("nan")  # no window holds this row

@@ -96,7 +96,8 @@ def _store_pixels(
 def fprop_box(
     x,  # descriptor of [N, H, W, (PARTS * GROUPS,) C], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_C]
     x_half,  # the same with half a box, or None
-    w,  # descriptor of the filters as a matrix: [rows, taps * PARTS * C], box [BLOCK_K, BLOCK_C]; turned if TRANSPOSED
+    w,  # descriptor of the filters as a matrix: [rows, taps * PARTS * C], box [BLOCK_K, BLOCK_C]; if TRANSPOSED turned,
+    # [(GROUPS,) C, taps * PARTS * K], so that a box cannot run into the next group, whose NaN would reach this one
     # with COLUMNS of a matrix for each row of taps: see row_load
     w2,  # the same with a box of BLOCK_K2 rows, or None
     y,  # descriptor of [N, P, Q, (GROUPS,) K], box [BOX_N, BOX_H, BOX_W, (1,) BLOCK_K]; a pointer if not STORE_BOX
@@ -221,7 +222,7 @@ def fprop_box(
             for _ in tl.range(0, steps):
                 box = pixel_load(x, n, h0 + r * DIL_H, w0 + s * DIL_W, g, c, GROUPS, False, PIXELS, BLOCK_C)
                 column = (TAP_0 + r * TAP_R + s * TAP_S) * (K if TRANSPOSED else C)
-                filters = filter_load(w2, g, c, k0, 0, C, K, column, TRANSPOSED)
+                filters = filter_load(w2, g, c, k0, 0, C, K, column, GROUPS, TRANSPOSED)
                 if TRANSPOSED:
                     filters = filters.T
                 acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -256,13 +257,15 @@ def fprop_box(
                 )  # fmt: skip
             if COLUMNS > 1:
                 w_part = w_parts & 3 if small else 0
-                filters = row_load(w, w_part, r, s, g, c, 0, C, COLUMN_K, S, TAP_0, TAP_R, TRANSPOSED, BLOCK_K, BLOCK_C)
+                filters = row_load(
+                    w, w_part, r, s, g, c, 0, COLUMN_K, S, TAP_0, TAP_R, GROUPS, TRANSPOSED, BLOCK_K, BLOCK_C
+                )  # fmt: skip
             else:
                 beside = (w_parts & 3) * (K if TRANSPOSED else C) if small else 0
                 column = (TAP_0 + r * TAP_R + s * TAP_S) * width + beside
-                filters = filter_load(w, g, c, k0, 0, C, K, column, TRANSPOSED)
+                filters = filter_load(w, g, c, k0, 0, C, K, column, GROUPS, TRANSPOSED)
             if BLOCK_K2 and LOADS_FIRST:
-                filters2 = filter_load(w2, g, c, k0, BLOCK_K, C, K, column, TRANSPOSED)
+                filters2 = filter_load(w2, g, c, k0, BLOCK_K, C, K, column, GROUPS, TRANSPOSED)
             if TRANSPOSED:
                 filters = filters.T
             acc = tl.dot(filters, box.T, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -270,7 +273,7 @@ def fprop_box(
                 acc_half = tl.dot(filters, box_half.T, acc_half, input_precision=PRECISION, out_dtype=ACC)
             if BLOCK_K2:
                 if not LOADS_FIRST:
-                    filters2 = filter_load(w2, g, c, k0, BLOCK_K, C, K, column, TRANSPOSED)
+                    filters2 = filter_load(w2, g, c, k0, BLOCK_K, C, K, column, GROUPS, TRANSPOSED)
                 if TRANSPOSED:
                     filters2 = filters2.T
                 acc2 = tl.dot(filters2, box.T, acc2, input_precision=PRECISION, out_dtype=ACC)
@@ -333,25 +336,30 @@ def fprop_box(
 
 
 @triton.jit
-def filter_load(w, g, c, k0, below, C, K, column, TRANSPOSED: tl.constexpr):
+def filter_load(w, g, c, k0, below, C, K, column, GROUPS: tl.constexpr, TRANSPOSED: tl.constexpr):
     # In this order: (k0 + below) + column makes 64 x (128 + 64) tiles of one tap wait for every product.
-    if TRANSPOSED:
-        return w.load([g * C + c, column + k0 + below])
+    if TRANSPOSED and GROUPS > 1:
+        block = w.load([g, c, column + k0 + below])
+        return block.reshape(block.shape[1], block.shape[2])
+    elif TRANSPOSED:
+        return w.load([c, column + k0 + below])
     else:
         return w.load([g * K + k0 + below, column + c])
 
 
 @triton.jit
 def row_load(
-    w, part, r, s, g, c, below, C, COLUMN_K: tl.constexpr, S: tl.constexpr, TAP_0: tl.constexpr, TAP_R: tl.constexpr,
-    TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    w, part, r, s, g, c, below, COLUMN_K: tl.constexpr, S: tl.constexpr, TAP_0: tl.constexpr, TAP_R: tl.constexpr,
+    GROUPS: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # The filters that a box of pixels meets for all columns of a program, from w [PARTS, rows of taps, depth, S * K],
-    # or [groups, rows of taps, S * K, C] if not TRANSPOSED.  Beside a row of taps the copy engine fills in zeros.
+    # The filters that a box of pixels meets for all columns of a program, from w [PARTS, rows of taps, (GROUPS,) C,
+    # S * K], or [groups, rows of taps, S * K, C] if not TRANSPOSED.  Beside a row of taps are zeros of the copy engine.
     row = TAP_0 // S + r * (TAP_R // S)
     column = (S - 1 - s) * COLUMN_K + below
-    if TRANSPOSED:
-        return w.load([part, row, g * C + c, column]).reshape(BLOCK_C, BLOCK_K)
+    if TRANSPOSED and GROUPS > 1:
+        return w.load([part, row, g, c, column]).reshape(BLOCK_C, BLOCK_K)
+    elif TRANSPOSED:
+        return w.load([part, row, c, column]).reshape(BLOCK_C, BLOCK_K)
     else:
         return w.load([g, row, column, c]).reshape(BLOCK_K, BLOCK_C)
 

@@ -85,12 +85,14 @@ def fprop_across(
             row = h0 + i * stride_h + r * DIL_H
             boxes += (pixel_load(x, n, row, w0 + s * DIL_W, g, c, GROUPS, True, BOX_N, BLOCK_C),)
         if COLUMNS > 1:
-            filters = row_load(w, 0, r, s, g, c, 0, C, COLUMN_K, S, TAP_0, TAP_R, TRANSPOSED, BLOCK_K, BLOCK_C)
-            others = row_load(w2, 0, r, s, g, c, BLOCK_K, C, COLUMN_K, S, TAP_0, TAP_R, TRANSPOSED, BLOCK_K2, BLOCK_C)
+            filters = row_load(w, 0, r, s, g, c, 0, COLUMN_K, S, TAP_0, TAP_R, GROUPS, TRANSPOSED, BLOCK_K, BLOCK_C)
+            others = row_load(
+                w2, 0, r, s, g, c, BLOCK_K, COLUMN_K, S, TAP_0, TAP_R, GROUPS, TRANSPOSED, BLOCK_K2, BLOCK_C
+            )  # fmt: skip
         else:
             column = (TAP_0 + r * TAP_R + s * TAP_S) * (K if TRANSPOSED else C)
-            filters = filter_load(w, g, c, k0, 0, C, K, column, TRANSPOSED)
-            others = filter_load(w2, g, c, k0, BLOCK_K, C, K, column, TRANSPOSED)
+            filters = filter_load(w, g, c, k0, 0, C, K, column, GROUPS, TRANSPOSED)
+            others = filter_load(w2, g, c, k0, BLOCK_K, C, K, column, GROUPS, TRANSPOSED)
         if TRANSPOSED:
             filters = filters.T
         else:

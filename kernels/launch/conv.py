@@ -26,7 +26,6 @@ from tileconv.kernels.launch.descriptors import (
     image_descriptor,
     matrix_descriptor,
     pixel_descriptor,
-    row_descriptor,
     row_length,
 )
 from tileconv.kernels.launch.layout import (
@@ -187,7 +186,8 @@ def _filters_of_gradient(
 ) -> tuple[torch.Tensor, list[Launch]]:
     """The layer's filters as an input gradient's kernels read them, and the launches that make them so.
 
-    That is [K, C/groups, R, S], `turned` with_channels_first; `in_rows` what row_descriptor describes.
+    That is [K, C/groups, R, S], `turned` with_channels_first; `in_rows` a matrix for each row of taps, [PARTS or
+    groups, R, A, B].
     """
     if turned:
         copy, turn = with_channels_first(_filters(w), groups, gpu=gpu, taps_first=in_rows)
@@ -336,7 +336,7 @@ def _plan_box(
     problem: Conv2dProblem, filters: Filters, tile: ConvTile,
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, common: dict[str, Any], gpu: GPU,
 ) -> list[Launch]:  # fmt: skip
-    filter_box = _filter_boxes(tile, filters, w)
+    filter_box = _filter_boxes(problem, tile, filters, w)
     planes = problem.groups * common["PARTS"]
     store_box = _stores_boxes(problem, tile, y)
 
@@ -377,15 +377,16 @@ def _plan_box(
 
 
 def _filter_boxes(
-    tile: ConvTile, filters: Filters, w: torch.Tensor
+    problem: Conv2dProblem, tile: ConvTile, filters: Filters, w: torch.Tensor
 ) -> Callable[[int], TensorDescriptor | None]:  # fmt: skip
     """What describes so many rows of the filters that a step reads; None for none."""
     matrix = w if tile.columns > 1 else aligned(_filter_matrix(w))
-    describe = row_descriptor if tile.columns > 1 else matrix_descriptor
+    if filters.transposed and problem.groups > 1:
+        matrix = matrix.unflatten(-2, (problem.groups, -1))
 
     def of_rows(rows: int) -> TensorDescriptor | None:
         box = (tile.block_c, rows) if filters.transposed else (rows, tile.block_c)
-        return describe(matrix, box) if rows else None
+        return matrix_descriptor(matrix, box) if rows else None
 
     return of_rows
 
@@ -404,7 +405,7 @@ def _plan_across(
     problem: Conv2dProblem, filters: Filters, tile: ConvTile, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor,
     common: Mapping[str, Any],
 ) -> Launch:  # fmt: skip
-    filter_box, store_box = _filter_boxes(tile, filters, w), _stores_boxes(problem, tile, y)
+    filter_box, store_box = _filter_boxes(problem, tile, filters, w), _stores_boxes(problem, tile, y)
     image, images = for_descriptor(x, problem.groups), (tile.box[0], 1, 1)
 
     def output_box(rows: int) -> TensorDescriptor | torch.Tensor:

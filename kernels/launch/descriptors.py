@@ -51,13 +51,8 @@ def row_length(shape: Extents, strides: Extents) -> int:
 
 
 def matrix_descriptor(matrix: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
-    """A matrix as it is."""
+    """A matrix as it is, or [..., A, B] of many: a box lies in one of them, with zeros beside."""
     return filled(_matrix(tuple(matrix.shape), matrix.stride(), matrix.dtype, box), matrix)
-
-
-def row_descriptor(rows: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
-    """Filters [PARTS or groups, R, A, B] whose rows of taps are matrices: boxes of those, with zeros beside a row."""
-    return filled(_row(tuple(rows.shape), rows.stride(), rows.dtype, box), rows)
 
 
 def filled(template: TensorDescriptor, tensor: torch.Tensor) -> TensorDescriptor:
@@ -104,12 +99,7 @@ def _pixel(
 
 @lru_cache(maxsize=4096)
 def _matrix(shape: Extents, strides: Extents, dtype: torch.dtype, box: tuple[int, int]) -> TensorDescriptor:
-    return TensorDescriptor(_nothing(dtype), list(shape), list(strides), list(box))
-
-
-@lru_cache(maxsize=4096)
-def _row(shape: Extents, strides: Extents, dtype: torch.dtype, box: tuple[int, int]) -> TensorDescriptor:
-    return TensorDescriptor(_nothing(dtype), list(shape), list(strides), [1, 1, *box])
+    return TensorDescriptor(_nothing(dtype), list(shape), list(strides), [1] * (len(shape) - 2) + list(box))
 
 
 def _nothing(dtype: torch.dtype) -> torch.Tensor:
