@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -245,6 +246,8 @@ def inspect(
     from .records import save
     from .suites import suite_of
 
+    # Kernels are compiled, in processes of their own: nothing here runs in the interpreter.
+    warnings.filterwarnings("ignore", message="tileconv runs in Triton's interpreter")
     console = Console()
     started = datetime.now(UTC)
     try:
@@ -308,12 +311,12 @@ def _tile_fields(settings: list[str]) -> dict[str, Any]:
             values = []
         if kind == "str":
             found[name] = text
-        elif kind == "bool" and text in ("true", "false"):
-            found[name] = text == "true"
+        elif kind == "bool" and text.lower() in ("true", "false"):
+            found[name] = text.lower() == "true"
         elif values and len(values) == kind.count("int"):
             found[name] = values if len(values) > 1 else values[0]
         else:
-            raise ValueError(f"override={setting!r}: {name} is a {kind}, as num_stages=2, box=128x1x1 or half=true")
+            raise ValueError(f"override={setting!r}: {name} takes {kind}, as num_stages=2, box=128x1x1 or half=true")
     return found
 
 

@@ -128,10 +128,8 @@ def interpreting() -> bool:
 
 def check_device(device: torch.device, argument: str) -> None:
     """Raise ValueError or RuntimeError where kernels cannot run on `device`."""
-    if device.type == "cuda":
-        if interpreting():
-            return  # the interpreter copies to the CPU and back
-        return
+    if device.type in ("cuda", "meta"):
+        return  # the interpreter copies to the CPU and back; of meta tensors shapes are asked for, nothing is launched
     if device.type != "cpu":
         raise ValueError(f"{argument} is on {device}: allowed are CUDA devices, and the CPU with Triton's interpreter")
     if interpreting() or torch._guards.detect_fake_mode() is not None:

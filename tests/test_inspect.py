@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tileconv.bench import cache, cases, inspect, networks, peers, targets
+from tileconv.bench.cli import app
 from tileconv.bench.machine_code import (
     Instruction,
     main_loop,
@@ -22,7 +24,7 @@ from tileconv.bench.machine_code import (
     read_function,
 )
 from tileconv.bench.predictions import predictions
-from tileconv.bench.records import Inspection, from_data
+from tileconv.bench.records import Inspection, from_data, load
 from tileconv.bench.workers import describe_error, run_tasks
 from tileconv.kernels import hardware
 from tileconv.kernels.launch.common import Launch
@@ -563,6 +565,30 @@ def test_a_process_that_interprets_says_where_to_compile():
     launch = cases.launches(cases.cases("alexnet", 2)[0], hardware.GPUS["H100"])[0]
     with pytest.raises(RuntimeError, match="inspect_all"):
         inspect.compile_launch(launch, "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("stages=2", "override='stages' is unknown"),
+        ("num_stages=two", "num_stages takes int"),
+        ("box=128x1", "as num_stages=2, box=128x1x1 or half=true"),
+        ("half=yes", "half takes bool"),
+    ],
+)
+def test_overrides_that_no_tile_has(setting, message):
+    result = CliRunner().invoke(app, ["inspect", "--layer", "fc8", "--override", setting])
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_a_forced_field_is_what_is_compiled(tmp_path):
+    out = tmp_path / "fc8.json"
+    chosen = ["--layer", "fc8", "--pass", "fprop", "--batch", "64", "--jobs", "1", "--json", str(out)]
+    forced = ["--override", "half=False", "--override", "num_stages=2", "--override", "splits=1"]
+    result = CliRunner().invoke(app, ["inspect", *chosen, *forced])
+    assert result.exit_code == 0 and "interpreter" not in result.output
+    [item] = load(out).inspections
+    assert (item.kernel, item.num_stages) == ("fprop_box", 2) and "/" not in item.tile
 
 
 def test_cases_travel_as_json():

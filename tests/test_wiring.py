@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import tileconv.kernels as tk
+from tileconv.model.zoo import build
 
 OPS = torch.ops.tileconv
 CHANNELS_LAST = torch.channels_last
@@ -212,6 +213,22 @@ def test_autocast_takes_the_regions_dtype(dtype: torch.dtype) -> None:
         assert tk.conv2d(x.double(), w.double(), groups=2).dtype == torch.float64
     y.sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["alexnet", "googlenet"])
+def test_meta_tensors_have_shapes_and_no_values(name: str, autocast: bool) -> None:
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model = build(name)
+        images, classes = torch.empty(5, 3, 224, 224, requires_grad=True), torch.empty(5, dtype=torch.int64)
+        scores = model(images)
+        scores = scores[0] if isinstance(scores, tuple) else scores
+        tk.cross_entropy(scores, classes).backward()
+    assert (scores.shape, scores.dtype, scores.device.type) == ((5, 1000), torch.float32, "meta")
+    assert images.grad is not None and images.grad.shape == images.shape
+    for key, parameter in model.named_parameters():
+        if "aux" not in key:
+            assert parameter.grad is not None and parameter.grad.stride() == parameter.stride(), key
 
 
 def test_checkpointing_and_determinism() -> None:

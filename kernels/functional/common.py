@@ -55,12 +55,16 @@ def fp32_precision(
     return "tf32" if said == "tf32" else "ieee"
 
 
+def in_autocast(input: torch.Tensor) -> bool:
+    """Whether a surrounding autocast region is about tensors where `input` is; there is none for meta tensors."""
+    return input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+
+
 def autocast(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The operands in the dtype of the surrounding autocast region, if there is one; fp64 stays, as in PyTorch."""
-    device = input.device.type
-    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+    if not in_autocast(input) or input.dtype == torch.float64:
         return input, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(input.device.type)
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

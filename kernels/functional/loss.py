@@ -8,6 +8,7 @@ import torch
 
 from tileconv.kernels import checks
 from tileconv.kernels.autograd import softmax as autograd
+from tileconv.kernels.functional.common import in_autocast
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -120,6 +121,6 @@ def _softmax(input: torch.Tensor, dim: Any, dtype: torch.dtype | None, log: bool
 
 def _widened(input: torch.Tensor) -> torch.Tensor:
     """What PyTorch's autocast does to these on a GPU: fp32 for anything narrower."""
-    if torch.is_autocast_enabled(input.device.type) and input.dtype.itemsize == 2:
+    if in_autocast(input) and input.dtype.itemsize == 2:
         return input.float()
     return input
