@@ -348,13 +348,13 @@ def _gather_candidates(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, g
         # Two-byte loads and their addresses fill the registers: 64 filters and 8 warps are the most without spills.
         return [ConvTile("gather", (128, 1, 1), block_k, 32, 8, 2, flat=True) for block_k in (16, 32, 64)]
     # Channels that do not come in 16 bytes are fetched one by one, those of fp16 through registers; filters that do not
-    # come in 8 bytes are stored one by one: with four warps 128 x 128 spills 2586 times and 128 x 64 161 times, with
-    # eight warps 128 x 64 never.
+    # come in 8 bytes are stored one by one: with four warps 128 x 128 spills 2586 times, 128 x 64 161 times, 128 x 32
+    # 144 to 280 bytes; with eight warps 128 x 64 never.
     narrow = not _wide(problem, dtype)
     depth, stages = 64 // dtype.itemsize, _gather_stages(gpu)
     most = 8192 if dtype == torch.float32 or narrow else 16_384
     found = [
-        (pixels, block_k, depth, 8 if narrow and pixels * block_k > 4096 else 4)
+        (pixels, block_k, depth, 8 if narrow and pixels * block_k >= 4096 and (pixels, block_k) != (64, 64) else 4)
         for pixels, block_k in itertools.product((64, 128), (16, 32, 64, 128))
         if pixels * block_k <= most
     ]
@@ -395,12 +395,24 @@ def _gather_gradient_tiles(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU)
             found += [(depth, 128, 256, 8), (depth, 256, 128, 8)]
         return [ConvTile("gather", (pixels, 1, 1), block_k, block_c, warps, _gather_stages(gpu), flat=True)
                 for pixels, block_k, block_c, warps in found]  # fmt: skip
+    spilling = () if _wide(problem, dtype) else _SPILLING.get(100 if gpu.arch // 10 == 10 else gpu.arch, ())
     return [
         ConvTile("gather", (pixels, 1, 1), block_k, block_c, 8, 3, flat=True)
         for pixels, block_k, block_c in itertools.product((depth, 2 * depth), (32, 64, 128), (32, 64, 128))
         if block_k * block_c * dtype.itemsize <= 32_768  # 128 x 128 of 4-byte elements spills
         and (pixels == depth or min(block_k, block_c) == 128)
+        and (pixels, block_k, block_c) not in spilling
     ]
+
+
+# (pixels of a step, filters, channels) of filter gradients by pointers that spill 8 to 56 bytes, compiled for these,
+# where channels or filters come one by one.
+_SPILLING = {
+    80: ((32, 64, 128),),
+    86: ((64, 128, 128),),
+    89: ((64, 128, 128),),
+    100: ((32, 32, 128), (32, 128, 128), (64, 128, 128), (16, 128, 64)),
+}
 
 
 # (pixels, filters, depth of a step, warps): 64 sums a thread, which take 1.12 to 1.16 instructions a product; 32 take

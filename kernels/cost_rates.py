@@ -46,15 +46,21 @@ def _warp_groups(shape: Shape, tile: ConvTile) -> tuple[float, float]:
     return issued, lines
 
 
+def _of_a_warp(shape: Shape, tile: ConvTile) -> tuple[int, int]:
+    """Rows and columns of a block that a warp multiplies by mma.sync."""
+    rows, columns = shape.rows, shape.columns
+    for _ in range(tile.num_warps.bit_length() - 1):  # as Triton divides a block between warps
+        rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
+    return rows, columns
+
+
 def _by_fragments(shape: Shape, tile: ConvTile) -> tuple[float, float]:
     """Of a step of 4-byte operands by mma.sync: instructions of a warp, and cycles of shared memory.
 
     A product of 16 x 8 x 8 takes two reads of 128 bytes for its columns and four for its rows, shared along a warp's
     rows and columns.  Copies of one pixel pass L1, which is the same memory, and are written then.
     """
-    rows, columns = shape.rows, shape.columns
-    for _ in range(tile.num_warps.bit_length() - 1):  # as Triton divides a block between warps
-        rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
+    rows, columns = _of_a_warp(shape, tile)
     deep = shape.depth / 8
     products, reads = deep * rows * columns / 128, deep * (rows / 4 + columns / 4)
     # Compiled loops for sm_80 and sm_90, 9 of them, lie within 8 % of this.
@@ -78,19 +84,28 @@ def _by_turned_fragments(shape: Shape, tile: ConvTile) -> tuple[float, float]:
     return instructions, (2 * across + 4 * along) * tile.num_warps + shape.stage_bytes(4) / 128
 
 
+def one_by_one(problem: Conv2dProblem, pass_: str, tile: ConvTile, dtype: torch.dtype) -> float:
+    """The share of the operands that pointers fetch one by one: their channels do not come in 16 bytes."""
+    elements = 16 // dtype.itemsize
+    pixels = problem.group_channels % elements != 0 or (tile.flat and pass_ != "wgrad")
+    others = pixels if pass_ == "fprop" else problem.group_filters % elements != 0
+    columns = tile.channels if pass_ == "wgrad" else tile.pixels
+    return (tile.rows * others + columns * pixels) / (tile.rows + columns)
+
+
 def fetch(problem: Conv2dProblem, pass_: str, tile: ConvTile, dtype: torch.dtype, on_tensor_cores: bool) -> float:
     """Instructions that a pointer kernel takes for 16 bytes, as compiled: the load, its address, its mask."""
     elements = 16 // dtype.itemsize
-    narrow = problem.group_channels % elements != 0
-    if not on_tensor_cores and pass_ == "wgrad" and problem.N % tile.pixels == 0:
-        return 2 * elements if narrow else 4
-    if tile.flat and (narrow or pass_ != "wgrad"):
+    if tile.flat and pass_ != "wgrad":
         return 13 * elements
-    if narrow:
-        return 10 * elements  # one by one: 6 to 15 each, with 21 to 257 channels of fp16
-    if pass_ == "wgrad" and problem.N % tile.pixels:
-        return 22  # each pixel is divided by P and Q: 13 to 31
-    return 4
+    if pass_ != "wgrad":
+        each, together = 5, 4  # 3 to 7 each, with 21 to 257 channels of fp16 and fp32
+    elif problem.N % tile.pixels:
+        each, together = 14, 22  # each pixel is divided by P and Q: 13 to 31 together
+    else:
+        each, together = 5 if on_tensor_cores else 2, 4  # 2 to 5 each
+    narrow = one_by_one(problem, pass_, tile, dtype)
+    return narrow * each * elements + (1 - narrow) * together
 
 
 def _fused(shape: Shape, tile: ConvTile, gpu: GPU) -> float:
@@ -119,6 +134,9 @@ class Rates:
         # Compiled loops of runs: 60 instructions and 11 for each load, which addresses and masks its pixels by itself;
         # of inner runs, 36 compiled for sm_90, at most 90 and 5 or little more.
         before, a_load = (90, 5) if shape.inner else (60, 11)
+        # Into shared memory: 128 bytes a cycle; of elements that come alone a load and mostly a store each, 32 a cycle
+        # (A100's and H100's whitepapers give an SM 32 load/store units).
+        written = self.stage * (shape.narrow * 2 / dtype.itemsize / 32 + (1 - shape.narrow) / 128)
         loads = a_load * shape.loads * shape.columns * shape.depth / (32 * tile.num_warps)
         fetched = shape.fetch * self.stage / 16 / (32 * tile.num_warps)
         lasting = min(TENSOR_LOAD, gpu.sync_share) if shape.fragments or shape.rows < 64 else TENSOR_LOAD
@@ -141,19 +159,22 @@ class Rates:
             if tile.formulation == "runs":
                 instructions = before + 2 * products + loads
             self.shared = reads * shape.depth * dtype.itemsize / 128
-            if loads:  # their way into shared memory is shorter than the copy engine's: 128 bytes a cycle too
-                self.shared += self.stage / 128
+            if tile.formulation in ("gather", "runs"):  # the copy engine has a way of its own into shared memory
+                self.shared += written
         else:
             products = flops / 4096 / tile.num_warps
             # Compiled for sm_80, 42 loops of fp16 lie within 14 % of this, and 4-byte operands read more for a product.
             each = 1.05 if dtype.itemsize == 2 else 1.4
             instructions = (30 + 1.5 * products + loads) if loads else (62 + fetched + each * products)
-            self.shared = 0.0
+            warp_rows, warp_columns = _of_a_warp(shape, tile)
+            self.shared = written + tile.num_warps * (warp_rows + warp_columns) * shape.depth * dtype.itemsize / 128
         self.issue = instructions * tile.num_warps / 4
         # What waits for the step before, and lets that after it wait: operands on their way in registers.
         self.alone = waits * (2 * self.stage / 128 + LOAD_CYCLES / 4)
         self.stages_ahead = tile.num_stages - 1
-        self.fused = 0.0  # of fused multiply-adds: a step's cycles where no other program takes turns
+        self.fused = 0.0  # a step's cycles where no other program takes turns and nothing overlaps
+        if shape.narrow and dtype.itemsize == 2:  # too few bytes for a copy ahead: Triton loads them when they are due
+            self.fused, self.stages_ahead = max(self.tensor, self.issue, self.shared), 0
         if not fp32.on_tensor_cores(dtype, precision):
             self.fused = max(self.issue, instructions)
             self.stages_ahead -= 1  # they read shared memory to their end: a buffer is filled again only then

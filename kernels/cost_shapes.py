@@ -26,6 +26,7 @@ class Shape:
     loads: float = 0.0  # loads of runs, for every element of the columns
     inner: bool = False  # whether none of them needs a mask of its own
     fetch: float = 0.0  # instructions that pointers take for 16 bytes of the operands
+    narrow: float = 0.0  # share of the operands that they fetch one by one
     inside: float = 1.0  # share of the columns that lies inside the tensor: the copy engine fetches no others
     fragments: bool = False  # mma.sync, in one pixel's loads: each warp reads its operands from shared memory
     apart: bool = False  # what is multiplied one after the other does not lie side by side: narrower reads of it

@@ -99,6 +99,23 @@ def test_products_on_ordinary_cores_wait_for_a_single_buffer() -> None:
     assert waits.modelled_us > 1.1 * runs.modelled_us
 
 
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+def test_operands_that_come_one_by_one_are_paid_for_each(gpu: str) -> None:
+    tile = conv_tile.ConvTile("gather", (128, 1, 1), 64, 32, 8, 4)
+
+    def modelled(pass_: str, channels: int, filters: int) -> cost.Prediction:
+        problem = Conv2dProblem(64, channels, 28, 28, filters, 3, 3, padding=((1, 1), (1, 1)))
+        return cost.predict(problem, pass_, tile, torch.float16, "ieee", hardware.GPUS[gpu])
+
+    for pass_ in ("fprop", "dgrad"):
+        even, odd = modelled(pass_, 256, 256), modelled(pass_, 255, 256)
+        assert odd.modelled_us > 1.1 * even.modelled_us and odd.issue_us > 1.3 * even.issue_us
+    # An input gradient's filters lie across: their rows begin with the channels that are made.
+    filters, both = modelled("dgrad", 256, 255), modelled("dgrad", 255, 255)
+    assert even.issue_us < filters.issue_us < odd.issue_us < both.issue_us
+    assert modelled("fprop", 256, 255).issue_us == pytest.approx(modelled("fprop", 256, 256).issue_us)
+
+
 def test_dilation_costs_nothing_at_equal_output_size() -> None:
     # A map so large that few taps lie in its padding: there dilation would skip work, and seem faster.
     times = []

@@ -1,11 +1,11 @@
-"""Channel counts that no tensor descriptor addresses, filled up with zeros: copies of operands, then the box kernels.
+"""Channel counts whose rows begin between multiples of 16 bytes, filled up with zeros: copies, then a product of these.
 
-A descriptor's rows start at multiples of 16 bytes, so 255 channels of fp16 are out of its reach, and pointers fetch
-them two bytes at a time.  Compiled for sm_90 that is about 280 instructions beside each product, and 12 beside those
-of 256 channels.  What is copied are the pass's inputs: beside its operands a pass takes the memory of one more x
-(fprop), dy (dgrad) or of both (wgrad), each only where its own count is odd, and of one more w.  Outputs y and dx are
-written where they lie, by pointers where no descriptor fits; dw, whose partial sums are written many times, is narrowed
-at the end: stored by pointers, its sums' addresses fill the registers.
+Tensor descriptors do not reach 255 channels of fp16, nor do 16-byte copies: pointers fetch them two bytes at a time.
+As compiled for sm_80 and sm_90 such loads are not asked for ahead: each step waits for memory, and takes two loads or
+stores and five instructions for each element.  What is copied are the pass's inputs: beside its operands a pass takes
+the memory of one more x (fprop), dy (dgrad) or of both (wgrad), each only where its own count is odd, and of one more
+w.  Outputs y and dx are written where they lie, by pointers where no descriptor fits; dw, whose partial sums are
+written many times, is narrowed at the end: stored by pointers, its sums' addresses fill the registers.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def applies(
 ) -> bool:
     """Whether a pass of a layer (in dgrad not the rephrased one) runs on padded copies of what it reads.
 
-    That is where only the count of channels keeps it from tensor descriptors, and the model finds the copies and the
-    box kernel quicker than the pointer kernel.  With batch_invariant it finds that for one batch size for all of them.
+    That is where only the count of channels keeps it from tensor descriptors or 16-byte copies, and the model finds the
+    copies and their product quicker.  With batch_invariant it finds that for one batch size for all of them.
     """
     on_tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and precision == "tf32")
-    able = on_tensor_cores and gpu.has_descriptors and problem.groups == 1 and min(problem.C, problem.K) >= FEWEST
+    able = on_tensor_cores and problem.groups == 1 and min(problem.C, problem.K) >= FEWEST
     if not able or tiles.forced() or conv_tile.addressable(problem, pass_, dtype):
         return False
     if gpu.interprets:
@@ -46,7 +46,7 @@ def applies(
 
 
 def problems(problem: Conv2dProblem, pass_: str, dtype: torch.dtype) -> list[tuple[Conv2dProblem, str]]:
-    """What the box kernels solve instead, each with the pass that tiles are chosen for.
+    """What the products solve instead, each with the pass that tiles are chosen for.
 
     In dgrad that is fprop: the copy of the filters has them transposed.
     """
@@ -100,14 +100,14 @@ def _padded(channels: int, dtype: torch.dtype) -> int:
 @lru_cache(maxsize=1024)
 def _quicker(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
     as_it_is = [(part.problem, pass_) for part in problem.dgrad] if pass_ == "dgrad" else [(problem, pass_)]
-    pointers, boxes = (
+    as_they_are, padded_ = (
         sum(
             cost.predict(own, as_, tiles.choose(own, as_, dtype, precision, gpu), dtype, precision, gpu).modelled_us
             for own, as_ in found
         )
         for found in (as_it_is, problems(problem, pass_, dtype))
     )
-    return boxes + sum(cost.streaming_us(moved, gpu) for moved in _copied(problem, pass_, dtype)) < pointers
+    return padded_ + sum(cost.streaming_us(moved, gpu) for moved in _copied(problem, pass_, dtype)) < as_they_are
 
 
 def _copied(problem: Conv2dProblem, pass_: str, dtype: torch.dtype) -> list[int]:
