@@ -232,7 +232,9 @@ def published_section(rows: Sequence[Published]) -> list[Block]:
     text = (
         "The cost model, asked about products that others have measured. Its constants (what the tensor cores give "
         "under load, and what L2 delivers) were taken from figures of this kind, so agreement shows the calibration, "
-        "and not that convolutions run as modelled."
+        "and not that convolutions run as modelled. It cannot see bank conflicts, which bytes L2 still holds (a launch "
+        "takes its operands from DRAM once), clocks beyond one constant a GPU, or how well loads overlap. Of kernels "
+        "that do not multiply, such as pools, it knows bytes and a launch, not their instructions."
     )
     header = ("problem", "dtype", "GPU", "published TFLOP/s", "modelled TFLOP/s", "modelled / published", "source")
     cells = tuple(
