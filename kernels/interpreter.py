@@ -1,7 +1,7 @@
-"""Triton's interpreter, repaired: it computes like a GPU, answers faster, and can watch every access to memory.
+"""Triton's interpreter, repaired: it computes like a GPU, answers faster, and tells of every access to memory.
 
 Stock, it works on the raw bits of bf16, truncates fp32 -> bf16, computes tf32 in full fp32 and never reports an address
-outside a tensor.  `repair()` mends that for the process; `bounds_check()` and `count_bytes()` watch launches.
+outside a tensor.  `repair()` mends that for the process; watch.py looks at launches.
 Checked with Triton 3.6 to 3.9; an attribute that is missing is an error, never a repair left out.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +20,8 @@ import triton
 import triton.language as tl
 import triton.runtime.interpreter as stock
 from triton.runtime.errors import InterpreterError
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tileconv.kernels import watch
 
 Array = npt.NDArray[Any]
 Handle = Any  # stock.TensorHandle: a numpy array and a Triton dtype
@@ -433,7 +433,7 @@ def _watched(kind: str, pointers: int, mask: int | None, original: Any) -> Any:
     """The original, after it has told every watcher which addresses are touched; `pointers`, `mask`: its arguments."""
 
     def access(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _watchers:
+        if watch.watchers:
             addresses = args[pointers].data
             if mask is not None:
                 addresses = addresses[np.broadcast_to(np.asarray(args[mask].data, bool), addresses.shape)]
@@ -449,7 +449,7 @@ def _size(dtype: tl.dtype) -> int:
 
 def _tell(kind: str, addresses: Array, size: int) -> None:
     if addresses.size:
-        for watcher in _watchers:
+        for watcher in watch.watchers:
             watcher.touch(kind, addresses.astype(np.int64), size)
 
 
@@ -557,7 +557,7 @@ def _box(desc: Any, offsets: Sequence[Handle], kind: str) -> _Box:
         return _Box(inside, False, None)
     counts = [b - a for a, b in zip(low, high, strict=True)]
     address = int(desc.base.data.item()) + sum((i + a) * x for i, a, x in zip(start, low, strides, strict=True))
-    if _watchers:
+    if watch.watchers:
         addresses = np.full(counts, address, np.int64)
         for dim, (count, stride) in enumerate(zip(counts, strides, strict=True)):
             addresses += (np.arange(count) * stride).reshape([-1] + [1] * (len(counts) - dim - 1))
@@ -650,10 +650,10 @@ def _map_elementwise(function: Any, *blocks: Any, pack: int = 1) -> Any:
 def _init_args_hst(original: Any) -> Any:
     def init_args_hst(self: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         host_args, host_kwargs = original(self, args, kwargs)
-        if _watchers:
+        if watch.watchers:
             named = [*zip(self.arg_names, host_args, strict=False), *host_kwargs.items()]
-            tensors = [tensor for name, value in named for tensor in _tensors(name, value)]
-            for watcher in _watchers:
+            tensors = [tensor for name, value in named for tensor in watch.tensors_of(name, value)]
+            for watcher in watch.watchers:
                 watcher.begin(tensors)
         return host_args, host_kwargs
 
@@ -669,180 +669,10 @@ def _launch(original: Any) -> Any:
                 return original(self, *args, **kwargs)
         except InterpreterError as error:
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OutOfBounds):
+            while cause is not None and not isinstance(cause, watch.OutOfBounds):
                 cause = cause.__cause__
             if cause is None:
                 raise
             raise cause from None
 
     return launch
-
-
-# Watching.
-
-
-class _Tensor(NamedTuple):
-    """A tensor argument: the addresses from its first byte to past its last."""
-
-    name: str
-    low: int
-    high: int
-
-
-def _tensors(name: str, value: Any) -> Iterator[_Tensor]:
-    value = (
-        getattr(value, "base", value)
-        if isinstance(value, TensorDescriptor | triton.runtime.jit.TensorWrapper)
-        else value
-    )
-    if isinstance(value, tuple | list):
-        for i, item in enumerate(value):
-            yield from _tensors(f"{name}[{i}]", item)
-    elif isinstance(value, torch.Tensor) and value.numel():
-        last = sum((extent - 1) * stride for extent, stride in zip(value.shape, value.stride(), strict=True))
-        yield _Tensor(name, value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size())
-
-
-class _Watcher:
-    def begin(self, tensors: list[_Tensor]) -> None:
-        """A launch with these tensors begins."""
-        raise NotImplementedError
-
-    def touch(self, kind: str, addresses: npt.NDArray[np.int64], size: int) -> None:
-        """`size` bytes at each of these addresses (flat, masked-off lanes left out) are about to be accessed."""
-        raise NotImplementedError
-
-
-_watchers: list[_Watcher] = []
-
-
-@contextmanager
-def _watching(watcher: _Watcher) -> Iterator[None]:
-    if not getattr(stock, "_tileconv_repaired", False):
-        raise RuntimeError("watching memory needs Triton's interpreter, repaired: call repair() first")
-    _watchers.append(watcher)
-    try:
-        yield
-    finally:
-        _watchers.remove(watcher)
-
-
-class OutOfBounds(IndexError):
-    """A load or store outside every tensor of its launch."""
-
-    def __init__(self, message: str, tensor: str, offset: int) -> None:
-        super().__init__(message)
-        self.tensor = tensor  # the argument nearest to the address
-        self.offset = offset  # from its first element, in elements
-
-
-class _Bounds(_Watcher):
-    def begin(self, tensors: list[_Tensor]) -> None:
-        self.tensors = tensors
-
-    def touch(self, kind: str, addresses: npt.NDArray[np.int64], size: int) -> None:
-        first, last = addresses.min(), addresses.max()
-        if any(t.low <= first and last + size <= t.high for t in self.tensors):
-            return
-        outside = np.ones(addresses.shape, bool)
-        for t in self.tensors:
-            outside &= (addresses < t.low) | (addresses + size > t.high)
-        if outside.any():
-            self._fail(kind, addresses[outside], size)
-
-    def _fail(self, kind: str, addresses: npt.NDArray[np.int64], size: int) -> None:
-        where = int(addresses[0])
-        program = stock.interpreter_builder.grid_idx
-        head = f"{kind} of {addresses.size} element(s) outside every tensor of the launch, in program {program}"
-        if not self.tensors:
-            raise OutOfBounds(head, "", 0)
-        near = min(self.tensors, key=lambda t: max(t.low - where, where + size - t.high))
-        offset = (where - near.low) // size
-        raise OutOfBounds(
-            f"{head}: the first is element {offset} of `{near.name}`, which has {(near.high - near.low) // size}",
-            near.name,
-            offset,
-        )
-
-
-@contextmanager
-def bounds_check() -> Iterator[None]:
-    """Inside, every address of a load, store or atomic must lie in one of its launch's tensors; else OutOfBounds.
-
-    A tensor reaches from its first element to its last, so gaps between the rows of a strided view count as inside.
-    What a mask or a descriptor leaves out is not accessed.
-    """
-    with _watching(_Bounds()):
-        yield
-
-
-class Bytes(NamedTuple):
-    """Traffic of one argument: bytes asked for, and distinct bytes (of each launch, added up)."""
-
-    requested: int = 0
-    unique: int = 0
-
-
-class ByteCount(_Watcher):
-    """What `count_bytes` yields; `read` and `written` map an argument's name to its `Bytes`."""
-
-    def __init__(self) -> None:
-        self._tensors: list[_Tensor] = []
-        self._requested: dict[tuple[str, str], int] = {}
-        self._seen: dict[tuple[str, str], npt.NDArray[np.bool_]] = {}
-        self._unique: dict[tuple[str, str], int] = {}
-
-    @property
-    def read(self) -> dict[str, Bytes]:
-        """Bytes loaded; an atomic both loads and stores."""
-        return self._totals("read")
-
-    @property
-    def written(self) -> dict[str, Bytes]:
-        """Bytes stored."""
-        return self._totals("written")
-
-    def begin(self, tensors: list[_Tensor]) -> None:
-        self._settle()
-        self._tensors = tensors
-
-    def touch(self, kind: str, addresses: npt.NDArray[np.int64], size: int) -> None:
-        ways = {"load": ("read",), "store": ("written",)}.get(kind, ("read", "written"))
-        for tensor in self._tensors:
-            mine = (addresses >= tensor.low) & (addresses + size <= tensor.high)
-            if mine.any():
-                for way in ways:
-                    self._add(way, tensor, addresses[mine] - tensor.low, size)
-                addresses = addresses[~mine]
-        if addresses.size:
-            for way in ways:
-                self._requested[way, "?"] = self._requested.get((way, "?"), 0) + addresses.size * size
-
-    def _add(self, way: str, tensor: _Tensor, offsets: npt.NDArray[np.int64], size: int) -> None:
-        key = way, tensor.name
-        self._requested[key] = self._requested.get(key, 0) + offsets.size * size
-        if key not in self._seen:
-            self._seen[key] = np.zeros(tensor.high - tensor.low, bool)
-        for i in range(size):
-            self._seen[key][offsets + i] = True
-
-    def _settle(self) -> None:
-        for key, seen in self._seen.items():
-            self._unique[key] = self._unique.get(key, 0) + int(seen.sum())
-        self._seen = {}
-
-    def _totals(self, way: str) -> dict[str, Bytes]:
-        self._settle()
-        return {name: Bytes(n, self._unique.get((w, name), 0)) for (w, name), n in self._requested.items() if w == way}
-
-
-@contextmanager
-def count_bytes() -> Iterator[ByteCount]:
-    """Inside, count the bytes that each launch argument's tensor has loaded and stored.
-
-    Lanes switched off by a mask and what a descriptor clips are not counted.  Where two arguments overlap, the first
-    is charged.  Addresses outside every tensor are charged to "?".
-    """
-    count = ByteCount()
-    with _watching(count):
-        yield count

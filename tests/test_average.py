@@ -18,7 +18,7 @@ from torch import Tensor
 import tileconv.kernels as tk
 from tileconv.bench.inspect import COMPILING
 from tileconv.kernels import device, reference
-from tileconv.kernels.interpreter import bounds_check
+from tileconv.kernels.watch import bounds_check
 
 MEMORY_FORMATS = pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]

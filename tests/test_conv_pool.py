@@ -19,7 +19,7 @@ from tileconv.bench import fused, inspect, networks
 from tileconv.bench.memory import saved_bytes
 from tileconv.bench.traffic import Traffic, traffic
 from tileconv.bench.workers import run_tasks
-from tileconv.kernels import convert, explain, hardware, interpreter, modules, pool_tiles, revert, tiles
+from tileconv.kernels import convert, explain, hardware, modules, pool_tiles, revert, tiles, watch
 from tileconv.kernels.geometry import Conv2dProblem, Pool2dProblem
 from tileconv.kernels.launch.conv_pool import plan_conv_pool
 
@@ -442,7 +442,7 @@ def test_counted_bytes(case: str) -> None:
     switch = torch.empty_like(y, dtype=torch.uint8)
     with override(tile | {"block_c": 16} if tile else tile):
         launch = plan_conv_pool(problem, pool, x, w, torch.randn(problem.K).half(), y, switch, gpu=hardware.INTERPRETER)
-    with interpreter.count_bytes() as count:
+    with watch.count_bytes() as count:
         launch.run()
     ways = (count.read.values(), count.written.values())
     found = Traffic(*(sum(b.requested for b in way) for way in ways), least=sum(b.unique for way in ways for b in way))

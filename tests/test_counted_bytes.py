@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tileconv.bench.traffic import Traffic, traffic
-from tileconv.kernels import hardware, interpreter, strip_tiles, tiles
+from tileconv.kernels import hardware, strip_tiles, tiles, watch
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Conv2dProblem, Pool2dProblem
 from tileconv.kernels.launch import conv, depthwise, local, norm, pointwise, pool, softmax, unfold
 from tileconv.kernels.launch.common import Launch
@@ -26,7 +26,7 @@ def image(*extents, dtype=torch.float16):
 
 def counted(launch):
     """Requested bytes read and written, and distinct bytes, of running one launch."""
-    with interpreter.count_bytes() as count:
+    with watch.count_bytes() as count:
         launch.run()
     assert "?" not in count.read and "?" not in count.written, "an address outside every tensor"
     unique = sum(b.unique for way in (count.read, count.written) for b in way.values())

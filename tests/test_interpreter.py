@@ -20,7 +20,7 @@ from triton.runtime import interpreter as stock
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tileconv.kernels as tk
-from tileconv.kernels import hardware, interpreter
+from tileconv.kernels import hardware, interpreter, watch
 
 pytestmark = pytest.mark.skipif(not hardware.interpreting(), reason="tests of Triton's interpreter")
 
@@ -498,7 +498,7 @@ def test_gather_and_scatter(dtype: torch.dtype, block: int) -> None:
     x = torch.randint(-99, 100, (1000,)).to(dtype)
     at = torch.randint(-50, 1050, (block,), dtype=torch.int32)
     y = torch.full((2 * block,), 77).to(dtype)
-    with interpreter.bounds_check():
+    with watch.bounds_check():
         gather_kernel[(1,)](x, y, at, 1000, OTHER=5, BLOCK=block)
     inside = (at >= 0) & (at < 1000)
     loaded = torch.where(inside, x[at.clamp(0, 999)], torch.full((), 5, dtype=dtype))
@@ -540,7 +540,7 @@ def middle() -> Iterator[Tensor]:
 @pytest.mark.parametrize(("shift", "offset"), [(-1, -1), (1, 10)], ids=["before", "after"])
 def test_bounds_check_finds_a_near_miss(middle: Tensor, shift: int, offset: int) -> None:
     y = torch.empty(10)
-    with interpreter.bounds_check(), pytest.raises(interpreter.OutOfBounds, match=f"element {offset} of `x`") as caught:
+    with watch.bounds_check(), pytest.raises(watch.OutOfBounds, match=f"element {offset} of `x`") as caught:
         shifted_copy_kernel[(2,)](middle, y, 10, shift, BLOCK=8)
     assert (caught.value.tensor, caught.value.offset) == ("x", offset)
     shifted_copy_kernel[(2,)](middle, y, 10, shift, BLOCK=8)  # outside the context nobody looks
@@ -548,7 +548,7 @@ def test_bounds_check_finds_a_near_miss(middle: Tensor, shift: int, offset: int)
 
 def test_bounds_check_finds_a_stray_store(middle: Tensor) -> None:
     before = middle.clone()
-    with interpreter.bounds_check(), pytest.raises(interpreter.OutOfBounds, match="store of 2 element"):
+    with watch.bounds_check(), pytest.raises(watch.OutOfBounds, match="store of 2 element"):
         shifted_copy_kernel[(2,)](torch.zeros(12), middle, 12, 0, BLOCK=8)
     assert torch.equal(middle[8:], before[8:])  # stopped before it was written
     assert middle[:8].eq(0).all()
@@ -559,16 +559,16 @@ def test_bounds_check_looks_into_descriptors() -> None:
     x, y = torch.zeros(64, 16).half()[:4], torch.empty(8, 16).half()
     honest = descriptor(x, [8, 16])
     lying = TensorDescriptor(x, [8, 16], [16, 1], [8, 16])
-    with interpreter.bounds_check():
+    with watch.bounds_check():
         copy_box_kernel[(1,)](honest, descriptor(y, [8, 16]), 0, 0, 0, 0, 0, NDIM=2)
         copy_box_kernel[(1,)](honest, descriptor(y, [8, 16]), -4, -8, 0, 0, 0, NDIM=2)
-        with pytest.raises(interpreter.OutOfBounds, match=r"load of 64 element.*element 64 of `x`"):
+        with pytest.raises(watch.OutOfBounds, match=r"load of 64 element.*element 64 of `x`"):
             copy_box_kernel[(1,)](lying, descriptor(y, [8, 16]), 0, 0, 0, 0, 0, NDIM=2)
 
 
 def test_bounds_check_lets_clean_kernels_pass(middle: Tensor) -> None:
     y = torch.empty(10)
-    with interpreter.bounds_check():
+    with watch.bounds_check():
         shifted_copy_kernel[(2,)](middle, y, 10, 0, BLOCK=8)
     assert torch.equal(y, middle)
 
@@ -585,7 +585,7 @@ def stencil_kernel(x, y, counter, n, BLOCK: tl.constexpr):
 
 def test_count_bytes_of_pointers() -> None:
     x, y, counter = torch.randn(11).half(), torch.empty(10).half(), torch.zeros(1, dtype=torch.int32)
-    with interpreter.count_bytes() as count:
+    with watch.count_bytes() as count:
         stencil_kernel[(2,)](x, y, counter, 10, BLOCK=8)
     assert count.read == {"x": (2 * 10 * 2, 11 * 2), "counter": (2 * 4, 4)}
     assert count.written == {"y": (10 * 2, 10 * 2), "counter": (2 * 4, 4)}
@@ -595,7 +595,7 @@ def test_count_bytes_of_pointers() -> None:
 def test_count_bytes_of_descriptors() -> None:
     """Two overlapping boxes that hang over the edge, in two launches: distinct bytes are those of each launch."""
     x, y = torch.randn(6, 24).half(), torch.empty(6, 24).half()
-    with interpreter.count_bytes() as count:
+    with watch.count_bytes() as count:
         for row in (-1, 4):
             copy_box_kernel[(1,)](descriptor(x, [4, 16]), descriptor(y, [4, 16]), row, 16, 0, 0, 0, NDIM=2)
         copy_box_kernel[(1,)](descriptor(x, [4, 16]), descriptor(y, [4, 16]), 0, 0, 0, 0, 0, NDIM=2)
@@ -605,9 +605,9 @@ def test_count_bytes_of_descriptors() -> None:
 
 
 def test_watchers_are_removed_after_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), interpreter.bounds_check(), interpreter.count_bytes():
+    with pytest.raises(ZeroDivisionError), watch.bounds_check(), watch.count_bytes():
         raise ZeroDivisionError
-    assert not interpreter._watchers
+    assert not watch.watchers
 
 
 @triton.jit
@@ -642,7 +642,7 @@ def test_map_elementwise_is_a_call_on_blocks_and_refuses_what_that_cannot_do() -
 # The repair itself.
 
 
-class Together(interpreter._Watcher):
+class Together(watch.Watcher):
     """How many launches there are at once, at most."""
 
     now = most = 0
@@ -666,7 +666,7 @@ def test_launches_of_threads_wait_for_each_other() -> None:
         begin.wait()
         return tk.relu(x + i)
 
-    with interpreter._watching(together), ThreadPoolExecutor(4) as pool:
+    with watch.watching(together), ThreadPoolExecutor(4) as pool:
         every = list(pool.map(run, range(4)))
     assert together.most == 1
     assert all(torch.equal(y, (x + i).relu()) for i, y in enumerate(every))

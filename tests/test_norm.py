@@ -15,9 +15,9 @@ from torch import Tensor
 import tileconv.kernels as tk
 from tileconv.bench.inspect import COMPILING
 from tileconv.kernels import hardware, reference
-from tileconv.kernels.interpreter import bounds_check, count_bytes
 from tileconv.kernels.launch.common import Launch
 from tileconv.kernels.launch.norm import plan_local_response_norm
+from tileconv.kernels.watch import bounds_check, count_bytes
 
 CASES: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
     "alexnet": ((2, 96, 3, 5), (5, 1e-4, 0.75, 2.0)),

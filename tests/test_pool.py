@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tileconv.kernels as tk
-from tileconv.kernels import hardware, interpreter, plane_tiles, reference, strip_tiles
+from tileconv.kernels import hardware, interpreter, plane_tiles, reference, strip_tiles, watch
 from tileconv.kernels.geometry import AdaptivePool2dProblem, Pool2dProblem
 from tileconv.kernels.launch import pool
 from tileconv.kernels.plane_tiles import PlaneTile
@@ -356,7 +356,7 @@ def test_a_plane_of_more_than_two_to_the_31_pixels(monkeypatch: pytest.MonkeyPat
     for launch in (forward, backward):
         last = launch.grid[0] - 1
         monkeypatch.setattr(builder, "set_grid_idx", lambda *_, last=last: setattr(builder, "grid_idx", (last, 0, 0)))
-        with interpreter.bounds_check():
+        with watch.bounds_check():
             replace(launch, grid=(1,)).run()
     assert y[..., -1, -1] == 3 and switch[..., -1, -1] == 8
     assert dx[..., -2:, -2:].flatten().tolist() == [0, 0, 0, 5]

@@ -15,7 +15,7 @@ import tileconv.kernels as tk
 from tileconv.bench import cases, inspect
 from tileconv.bench.predictions import predictions
 from tileconv.bench.traffic import traffic
-from tileconv.kernels import conv_tile, fp32, hardware, interpreter, reference, tiles
+from tileconv.kernels import conv_tile, fp32, hardware, reference, tiles, watch
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv as launch_conv
 from tileconv.kernels.launch.split import plan_split
@@ -417,7 +417,7 @@ def test_counted_bytes_of_images_last() -> None:
 def counted(planned: list[Any]) -> None:
     """The traffic that is said of every launch is what the interpreter counts."""
     for launch in planned:
-        with interpreter.count_bytes() as count:
+        with watch.count_bytes() as count:
             launch.run()
         found = traffic(launch)
         assert found.read == sum(b.requested for b in count.read.values()), launch.kernel.__name__

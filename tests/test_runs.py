@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import tileconv.kernels as tk
 from tileconv.bench import inspect, predictions
 from tileconv.bench.cases import Case, launches
-from tileconv.kernels import cost, hardware, interpreter, run_tiles, tiles
+from tileconv.kernels import cost, hardware, run_tiles, tiles, watch
 from tileconv.kernels.conv_tile import ConvTile
 from tileconv.kernels.geometry import Conv2dProblem, Runs
 from tileconv.kernels.launch import conv, plans, runs
@@ -209,7 +209,7 @@ def test_fewer_images_than_classes_are_read_and_no_more(batch, planned, assert_w
     found = problem.inner_runs(2, "fprop", (x.stride(0), x.stride(0), x.stride(2)))
     assert found is not None and found.align == 4 and x.stride(0) % 2, "four classes"
     exact_w, plain_w = w.detach().double().requires_grad_(), w.detach().clone().requires_grad_()
-    with interpreter.bounds_check():
+    with watch.bounds_check():
         y = tk.conv2d(x, w, stride=4)
         y.sum().backward()
     exact, plain = F.conv2d(x.double(), exact_w, stride=4), F.conv2d(x, plain_w, stride=4)
