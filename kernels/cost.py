@@ -19,7 +19,7 @@ import torch
 
 from tileconv.kernels import fp32
 from tileconv.kernels.conv_tile import ConvTile
-from tileconv.kernels.cost_rates import LOAD_CYCLES, Phase, Rates, fetch, one_by_one
+from tileconv.kernels.cost_rates import LOAD_CYCLES, Phase, Rates, fetch, pieces
 from tileconv.kernels.cost_shapes import Shape, fprop_shape, reached, runs_shape, wgrad_shape
 from tileconv.kernels.geometry import Conv2dProblem, Pair, Pool2dProblem, Runs
 from tileconv.kernels.hardware import GPU
@@ -180,8 +180,8 @@ def _shape(
         shape = wgrad_shape(problem, tile) if pass_ == "wgrad" else fprop_shape(problem, tile)
     if tile.formulation == "gather":
         read_type, on_tensor_cores = fp32.multiplied(dtype, precision), fp32.on_tensor_cores(dtype, precision)
-        narrow = one_by_one(problem, pass_, tile, read_type)
-        shape = replace(shape, fetch=fetch(problem, pass_, tile, read_type, on_tensor_cores), narrow=narrow)
+        instructions = fetch(problem, pass_, tile, read_type, on_tensor_cores)
+        shape = replace(shape, fetch=instructions, pieces=pieces(problem, pass_, tile, read_type))
     fragments = shape.fragments or by_single_warps(tile, pass_, dtype, precision, gpu)
     return replace(shape, steps=shape.steps * fp32.products(precision), fragments=fragments)
 

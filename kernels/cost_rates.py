@@ -10,7 +10,7 @@ import torch
 
 from tileconv.kernels import fp32
 from tileconv.kernels.conv_tile import ConvTile
-from tileconv.kernels.cost_shapes import Shape
+from tileconv.kernels.cost_shapes import Pieces, Shape
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.hardware import GPU
 
@@ -84,28 +84,30 @@ def _by_turned_fragments(shape: Shape, tile: ConvTile) -> tuple[float, float]:
     return instructions, (2 * across + 4 * along) * tile.num_warps + shape.stage_bytes(4) / 128
 
 
-def one_by_one(problem: Conv2dProblem, pass_: str, tile: ConvTile, dtype: torch.dtype) -> float:
-    """The share of the operands that pointers fetch one by one: their channels do not come in 16 bytes."""
-    elements = 16 // dtype.itemsize
-    pixels = problem.group_channels % elements != 0 or (tile.flat and pass_ != "wgrad")
-    others = pixels if pass_ == "fprop" else problem.group_filters % elements != 0
+def pieces(problem: Conv2dProblem, pass_: str, tile: ConvTile, dtype: torch.dtype) -> Pieces:
+    """How pointers fetch the operands: 16 bytes at a time, or what divides their channels."""
+    pixels = 1 if tile.flat and pass_ != "wgrad" else problem.group_channels
+    others = pixels if pass_ == "fprop" else problem.group_filters
     columns = tile.channels if pass_ == "wgrad" else tile.pixels
-    return (tile.rows * others + columns * pixels) / (tile.rows + columns)
+    whole = tile.rows + columns
+    return tuple(
+        (extent / whole, math.gcd(channels * dtype.itemsize, 16))
+        for extent, channels in ((tile.rows, others), (columns, pixels))
+    )
 
 
 def fetch(problem: Conv2dProblem, pass_: str, tile: ConvTile, dtype: torch.dtype, on_tensor_cores: bool) -> float:
-    """Instructions that a pointer kernel takes for 16 bytes, as compiled: the load, its address, its mask."""
-    elements = 16 // dtype.itemsize
+    """Instructions that a pointer kernel takes for 16 bytes, as compiled: loads, their addresses, their masks."""
     if tile.flat and pass_ != "wgrad":
-        return 13 * elements
+        return 13 * 16 / dtype.itemsize
     if pass_ != "wgrad":
         each, together = 5, 4  # 3 to 7 each, with 21 to 257 channels of fp16 and fp32
     elif problem.N % tile.pixels:
         each, together = 14, 22  # each pixel is divided by P and Q: 13 to 31 together
     else:
-        each, together = 5 if on_tensor_cores else 2, 4  # 2 to 5 each
-    narrow = one_by_one(problem, pass_, tile, dtype)
-    return narrow * each * elements + (1 - narrow) * together
+        each, together = 4 if on_tensor_cores else 2, 4  # 2 to 5 each
+    found = pieces(problem, pass_, tile, dtype)
+    return sum(share * (together if size == 16 else each * 16 / size) for share, size in found)
 
 
 def _fused(shape: Shape, tile: ConvTile, gpu: GPU) -> float:
@@ -134,9 +136,11 @@ class Rates:
         # Compiled loops of runs: 60 instructions and 11 for each load, which addresses and masks its pixels by itself;
         # of inner runs, 36 compiled for sm_90, at most 90 and 5 or little more.
         before, a_load = (90, 5) if shape.inner else (60, 11)
-        # Into shared memory: 128 bytes a cycle; of elements that come alone a load and mostly a store each, 32 a cycle
-        # (A100's and H100's whitepapers give an SM 32 load/store units).
-        written = self.stage * (shape.narrow * 2 / dtype.itemsize / 32 + (1 - shape.narrow) / 128)
+        # Into shared memory: 128 bytes a cycle, and 32 pieces (A100's and H100's whitepapers give an SM 32 load/store
+        # units).  Fewer than four bytes are no copy: they take a load, and mostly a store of their own.
+        written = self.stage * sum(
+            share * max(1 / 128, (1 if size >= 4 else 2) / size / 32) for share, size in shape.pieces or ((1.0, 16),)
+        )
         loads = a_load * shape.loads * shape.columns * shape.depth / (32 * tile.num_warps)
         fetched = shape.fetch * self.stage / 16 / (32 * tile.num_warps)
         lasting = min(TENSOR_LOAD, gpu.sync_share) if shape.fragments or shape.rows < 64 else TENSOR_LOAD
@@ -173,7 +177,7 @@ class Rates:
         self.alone = waits * (2 * self.stage / 128 + LOAD_CYCLES / 4)
         self.stages_ahead = tile.num_stages - 1
         self.fused = 0.0  # a step's cycles where no other program takes turns and nothing overlaps
-        if shape.narrow and dtype.itemsize == 2:  # too few bytes for a copy ahead: Triton loads them when they are due
+        if any(size < 4 for _, size in shape.pieces):  # no copy ahead: Triton loads these when they are due
             self.fused, self.stages_ahead = max(self.tensor, self.issue, self.shared), 0
         if not fp32.on_tensor_cores(dtype, precision):
             self.fused = max(self.issue, instructions)

@@ -10,6 +10,8 @@ from functools import lru_cache
 from tileconv.kernels.conv_tile import ConvTile
 from tileconv.kernels.geometry import Conv2dProblem, Pair, Runs
 
+Pieces = tuple[tuple[float, int], ...]  # shares of a step's operands, and how many bytes of each come at a time
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -26,7 +28,7 @@ class Shape:
     loads: float = 0.0  # loads of runs, for every element of the columns
     inner: bool = False  # whether none of them needs a mask of its own
     fetch: float = 0.0  # instructions that pointers take for 16 bytes of the operands
-    narrow: float = 0.0  # share of the operands that they fetch one by one
+    pieces: Pieces = ()  # of pointers
     inside: float = 1.0  # share of the columns that lies inside the tensor: the copy engine fetches no others
     fragments: bool = False  # mma.sync, in one pixel's loads: each warp reads its operands from shared memory
     apart: bool = False  # what is multiplied one after the other does not lie side by side: narrower reads of it

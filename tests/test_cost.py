@@ -100,7 +100,7 @@ def test_products_on_ordinary_cores_wait_for_a_single_buffer() -> None:
 
 
 @pytest.mark.parametrize("gpu", ["A100", "H100"])
-def test_operands_that_come_one_by_one_are_paid_for_each(gpu: str) -> None:
+def test_operands_that_come_in_pieces_are_paid_for_each(gpu: str) -> None:
     tile = conv_tile.ConvTile("gather", (128, 1, 1), 64, 32, 8, 4)
 
     def modelled(pass_: str, channels: int, filters: int) -> cost.Prediction:
@@ -110,6 +110,9 @@ def test_operands_that_come_one_by_one_are_paid_for_each(gpu: str) -> None:
     for pass_ in ("fprop", "dgrad"):
         even, odd = modelled(pass_, 256, 256), modelled(pass_, 255, 256)
         assert odd.modelled_us > 1.1 * even.modelled_us and odd.issue_us > 1.3 * even.issue_us
+    eight, four, two = (modelled("fprop", channels, 256) for channels in (252, 254, 255))  # bytes at a time
+    assert even.issue_us < eight.issue_us < four.issue_us < two.issue_us
+    assert four.modelled_us < 0.95 * two.modelled_us, "four bytes are copied ahead, two are waited for"
     # An input gradient's filters lie across: their rows begin with the channels that are made.
     filters, both = modelled("dgrad", 256, 255), modelled("dgrad", 255, 255)
     assert even.issue_us < filters.issue_us < odd.issue_us < both.issue_us
