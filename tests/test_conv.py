@@ -617,7 +617,7 @@ def test_first_layers_without_a_stride_go_by_blocks_where_the_model_has_them_qui
     def by_blocks(problem: Conv2dProblem, pass_: str = "fprop", gpu: str = "H100") -> bool:
         return tiles.first_layer(problem, pass_, torch.float16, "ieee", hardware.GPUS[gpu])
 
-    assert by_blocks(large) and by_blocks(large, "wgrad")
+    assert by_blocks(large) and not by_blocks(large, "wgrad"), "pointers wait there, and are modelled quicker"
     assert by_blocks(replace(large, N=1)), "the batch has no say"
     others = [small, replace(large, dilation=(2, 2)), replace(large, R=1, S=1, padding=((0, 0), (0, 0)))]
     assert not any(by_blocks(problem) for problem in others) and not by_blocks(large, gpu="A100")
