@@ -148,12 +148,10 @@ def predict(
     dram = 1e6 * (moved + (work.slices if work.slices > 40e6 else 0)) / (gpu.dram * DRAM_LOAD)
     loop = 1e6 * cycles / gpu.clock
     parts = {
-        "tensor": 1e6 * sum(one.ctas * one.steps * one.rates.tensor for one in every) / gpu.sms / gpu.clock,
-        "issue": 1e6 * sum(one.ctas * one.steps * one.rates.issue for one in every) / gpu.sms / gpu.clock,
-        "shared": 1e6 * sum(one.ctas * one.steps * one.rates.shared for one in every) / gpu.sms / gpu.clock,
-        "L2": 1e6 * read / gpu.l2,
-        "DRAM": dram,
+        name: 1e6 * sum(one.ctas * one.steps * getattr(one.rates, name) for one in every) / gpu.sms / gpu.clock
+        for name in ("tensor", "issue", "shared")
     }
+    parts |= {"L2": 1e6 * read / gpu.l2, "DRAM": dram}
     bound = max(parts, key=lambda name: parts[name])
     return Prediction(
         modelled_us=max(loop, dram) + finish,
@@ -180,8 +178,9 @@ def _shape(
         shape = wgrad_shape(problem, tile) if pass_ == "wgrad" else fprop_shape(problem, tile)
     if tile.formulation == "gather":
         read_type, on_tensor_cores = fp32.multiplied(dtype, precision), fp32.on_tensor_cores(dtype, precision)
-        instructions = fetch(problem, pass_, tile, read_type, on_tensor_cores)
-        shape = replace(shape, fetch=instructions, pieces=pieces(problem, pass_, tile, read_type))
+        found = pieces(problem, pass_, tile, read_type)
+        instructions = fetch(problem, pass_, tile, read_type, on_tensor_cores, found)
+        shape = replace(shape, fetch=instructions, pieces=found)
     fragments = shape.fragments or by_single_warps(tile, pass_, dtype, precision, gpu)
     return replace(shape, steps=shape.steps * fp32.products(precision), fragments=fragments)
 

@@ -96,7 +96,9 @@ def pieces(problem: Conv2dProblem, pass_: str, tile: ConvTile, dtype: torch.dtyp
     )
 
 
-def fetch(problem: Conv2dProblem, pass_: str, tile: ConvTile, dtype: torch.dtype, on_tensor_cores: bool) -> float:
+def fetch(
+    problem: Conv2dProblem, pass_: str, tile: ConvTile, dtype: torch.dtype, on_tensor_cores: bool, found: Pieces
+) -> float:
     """Instructions that a pointer kernel takes for 16 bytes, as compiled: loads, their addresses, their masks."""
     if tile.flat and pass_ != "wgrad":
         return 13 * 16 / dtype.itemsize
@@ -106,7 +108,6 @@ def fetch(problem: Conv2dProblem, pass_: str, tile: ConvTile, dtype: torch.dtype
         each, together = 14, 22  # each pixel is divided by P and Q: 13 to 31 together
     else:
         each, together = 4 if on_tensor_cores else 2, 4  # 2 to 5 each
-    found = pieces(problem, pass_, tile, dtype)
     return sum(share * (together if size == 16 else each * 16 / size) for share, size in found)
 
 

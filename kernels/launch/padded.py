@@ -100,14 +100,14 @@ def _padded(channels: int, dtype: torch.dtype) -> int:
 @lru_cache(maxsize=1024)
 def _quicker(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str, gpu: GPU) -> bool:
     as_it_is = [(part.problem, pass_) for part in problem.dgrad] if pass_ == "dgrad" else [(problem, pass_)]
-    as_they_are, padded_ = (
+    before, after = (
         sum(
             cost.predict(own, as_, tiles.choose(own, as_, dtype, precision, gpu), dtype, precision, gpu).modelled_us
             for own, as_ in found
         )
         for found in (as_it_is, problems(problem, pass_, dtype))
     )
-    return padded_ + sum(cost.streaming_us(moved, gpu) for moved in _copied(problem, pass_, dtype)) < as_they_are
+    return after + sum(cost.streaming_us(moved, gpu) for moved in _copied(problem, pass_, dtype)) < before
 
 
 def _copied(problem: Conv2dProblem, pass_: str, dtype: torch.dtype) -> list[int]:
