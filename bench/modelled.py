@@ -33,7 +33,7 @@ def product_us(problem: Conv2dProblem, dtype: torch.dtype, gpu: GPU) -> float:
         inner = problem.space_to_depth
         moved = [(problem.x_shape, inner.x_shape), (problem.w_shape, inner.w_shape)]
     elif padded.applies(problem, "fprop", dtype, "ieee", gpu):
-        [(inner, _)] = padded.problems(problem, "fprop", dtype)
+        [(inner, _)] = padded.problems(problem, "fprop", dtype, "ieee")
         moved = [(problem.x_shape, inner.x_shape), (problem.w_shape, inner.w_shape)]
     if runs:
         tile = run_tiles.choose_runs(inner, "fprop", dtype, "ieee", gpu, runs=runs)

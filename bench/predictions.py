@@ -167,7 +167,7 @@ def _problems(case: Case, products: Sequence[Any], gpu: Any) -> list[tuple[Any, 
         pass_, parts = "dgrad" if pass_ == "fprop" else "fprop", problem.transposed
     own = [part.problem for part in parts] if pass_ == "dgrad" else [problem]
     if padded.applies(problem, pass_, DTYPES[case.dtype], case.precision, gpu):
-        wide = padded.problems(problem, pass_, DTYPES[case.dtype])
+        wide = padded.problems(problem, pass_, DTYPES[case.dtype], case.precision)
         return [(inner, asked, as_) for (inner, as_), asked in zip(wide, own, strict=True)]
     if pass_ == "dgrad":
         return [(part, part, pass_) for part in own]

@@ -43,40 +43,39 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "tf32"])
+@pytest.mark.parametrize("arithmetic", ["fp16", "bf16", "tf32", "bf16x6"])
 @pytest.mark.parametrize("name", CASES)
 def test_passes_on_padded_copies_against_float64(
-    name: str, dtype: torch.dtype, memory_format: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, arithmetic: str, memory_format: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = seen(monkeypatch)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(arithmetic, torch.float32)
     shape, filters, window, arguments = CASES[name]
     x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
     w = (torch.randn(filters, shape[1], window, window) / (3 * shape[1] ** 0.5)).to(dtype)
     w = w.contiguous(memory_format=memory_format).requires_grad_()
     b = torch.randn(filters).to(dtype)
-    precision = "tf32" if dtype == torch.float32 else None
-    y = tk.conv2d(x, w, b, **arguments, precision=precision)
+    y = tk.conv2d(x, w, b, **arguments, precision=arithmetic if dtype == torch.float32 else None)
     dy = torch.randn(y.shape).to(dtype)
     ours = [y.detach(), *torch.autograd.grad(y, (x, w), dy)]
     wide = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, w, b)]
     exact_y = F.conv2d(*wide, **arguments)
     exact = [exact_y.detach(), *torch.autograd.grad(exact_y, wide[:2], dy.double())]
-    digits = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 11}[dtype]
+    digits = {"fp16": 11, "bf16": 8, "tf32": 11, "bf16x6": 21}[arithmetic]
     for got, want in zip(ours, exact, strict=True):
         assert reference.error(got, want) <= 2 ** (1 - digits) * want.abs().max().item()
     odd = {"channels odd": ["fprop", "dgrad", "wgrad"], "filters odd": ["dgrad", "wgrad"]}
-    granule = 16 // dtype.itemsize
+    granule = 4 if arithmetic == "tf32" else 8
     able = odd.get(name, ["fprop", "dgrad", "wgrad"]) if shape[1] % granule or filters % granule else []
     assert sorted(set(planned)) == sorted(able)
 
 
 @pytest.mark.skipif(not hardware.interpreting(), reason="plans for another GPU, run in Triton's interpreter")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32", "bf16x3"])
 @pytest.mark.parametrize("name", CASES)
-def test_padded_copies_by_pointers_against_float64(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padded_copies_by_pointers_against_float64(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU without tensor descriptors runs them: 16-byte copies need the same rows."""
+    dtype = torch.float16 if precision == "fp16" else torch.float32
     monkeypatch.setattr(padded, "_quicker", lambda *_: True)
     shape, filters, window, arguments = CASES[name]
     given = {"stride": 1, "padding": 0, "dilation": 1} | arguments
@@ -86,7 +85,7 @@ def test_padded_copies_by_pointers_against_float64(
                 for extents in (problem.x_shape, problem.w_shape, problem.y_shape))  # fmt: skip
     w /= 3 * shape[1] ** 0.5
     y, dx, dw = (torch.full_like(t, torch.nan) for t in (dy, x, w))
-    settings: dict[str, Any] = {"gpu": A100, "precision": "tf32" if dtype == torch.float32 else "ieee"}
+    settings: dict[str, Any] = {"gpu": A100, "precision": "ieee" if precision == "fp16" else precision}
     with plans.allocations() as scratch:
         launches = [
             *conv.plan_fprop(problem, x, w, None, y, **settings),
@@ -118,6 +117,7 @@ def test_what_lies_in_memory_beside_the_channels_is_not_read() -> None:
     [
         pytest.param({"H": 2, "W": 2}, "fprop", torch.float32, "tf32", A100, id="4-byte copies come ahead"),
         pytest.param({}, "fprop", torch.float32, "ieee", H100, id="fp32 at its own precision"),
+        pytest.param({"C": 256}, "fprop", torch.float32, "bf16x6", H100, id="parts that need no copy"),
         pytest.param({}, "wgrad", torch.float64, "ieee", H100, id="fp64"),
         pytest.param({"C": 256, "K": 255}, "fprop", torch.float16, "ieee", H100, id="filters alone are odd"),
         pytest.param({"C": 15}, "fprop", torch.float16, "ieee", H100, id="few channels"),

@@ -75,8 +75,8 @@ def plan_fprop(
         )  # fmt: skip
         return [*before, *planned, *after]
     if padded.applies(problem, "fprop", x.dtype, precision, gpu, batch_invariant=batch_invariant):
-        [(wide, _)] = padded.problems(problem, "fprop", x.dtype)
-        (x, copy_x), (w, copy_w) = padded.image(x, gpu), padded.image(w, gpu)
+        [(wide, _)] = padded.problems(problem, "fprop", x.dtype, precision)
+        (x, copy_x), (w, copy_w) = padded.image(x, precision, gpu), padded.image(w, precision, gpu)
         rest = plan_fprop(
             wide, x, w, bias, y, seed, gpu=gpu, activation=activation, precision=precision,
             batch_invariant=batch_invariant, dropout=dropout,
@@ -159,8 +159,8 @@ def plan_transpose(
     parts = parts if only is None else (only,)
     launches: list[Launch] = []
     if only is None and padded.applies(problem, "dgrad", x.dtype, precision, gpu, batch_invariant=batch_invariant):
-        parts = padded.parts(problem, x.dtype)
-        (x, copy_x), (w, copy_w) = padded.image(x, gpu), padded.transposed_filters(w, gpu)
+        parts = padded.parts(problem, x.dtype, precision)
+        (x, copy_x), (w, copy_w) = padded.image(x, precision, gpu), padded.transposed_filters(w, precision, gpu)
         launches = [*copy_x, *copy_w]
     x, copy_x = _as_multiplied(x, precision, gpu)
     launches += copy_x
@@ -220,8 +220,8 @@ def plan_wgrad(
         last = plan_depth_to_space(blocked, dw, problem.blocks, gpu=gpu)
         return [to_blocks, *plan_wgrad(blocks, dy, x, blocked, gpu=gpu, precision=precision), last]
     if padded.applies(problem, "wgrad", x.dtype, precision, gpu):
-        [(wide, _)] = padded.problems(problem, "wgrad", x.dtype)
-        (x, copy_x), (dy, copy_dy) = padded.image(x, gpu), padded.image(dy, gpu)
+        [(wide, _)] = padded.problems(problem, "wgrad", x.dtype, precision)
+        (x, copy_x), (dy, copy_dy) = padded.image(x, precision, gpu), padded.image(dy, precision, gpu)
         more = scratch(layout.empty_image(wide.w_shape, dw, channels_last=True))
         sums = plan_wgrad(wide, dy, x, more, gpu=gpu, precision=precision)
         return [*copy_x, *copy_dy, *sums, padded.plan_narrow(more, dw, gpu=gpu)]

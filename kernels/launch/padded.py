@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import torch
 
-from tileconv.kernels import conv_tile, cost, layout, tiles
+from tileconv.kernels import conv_tile, cost, fp32, layout, tiles
 from tileconv.kernels.geometry import Conv2dProblem, DgradPart
 from tileconv.kernels.hardware import GPU
 from tileconv.kernels.launch.common import Launch
@@ -36,42 +36,40 @@ def applies(
     That is where only the count of channels keeps it from tensor descriptors or 16-byte copies, and the model finds the
     copies and their product quicker.  With batch_invariant it finds that for one batch size for all of them.
     """
-    on_tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and precision == "tf32")
-    able = on_tensor_cores and problem.groups == 1 and min(problem.C, problem.K) >= FEWEST
-    if not able or tiles.forced() or conv_tile.addressable(problem, pass_, dtype):
+    able = fp32.on_tensor_cores(dtype, precision) and problem.groups == 1 and min(problem.C, problem.K) >= FEWEST
+    if not able or tiles.forced() or conv_tile.addressable(problem, pass_, fp32.multiplied(dtype, precision)):
         return False
     if gpu.interprets:
         return True
     return _quicker(replace(problem, N=TYPICAL_BATCH) if batch_invariant else problem, pass_, dtype, precision, gpu)
 
 
-def problems(problem: Conv2dProblem, pass_: str, dtype: torch.dtype) -> list[tuple[Conv2dProblem, str]]:
+def problems(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str) -> list[tuple[Conv2dProblem, str]]:
     """What the products solve instead, each with the pass that tiles are chosen for.
 
     In dgrad that is fprop: the copy of the filters has them transposed.
     """
     if pass_ == "dgrad":
-        return [(part.problem, "fprop") for part in parts(problem, dtype)]
-    if pass_ == "fprop":
-        return [(replace(problem, C=_padded(problem.C, dtype)), pass_)]
-    return [(replace(problem, C=_padded(problem.C, dtype), K=_padded(problem.K, dtype)), pass_)]
+        return [(part.problem, "fprop") for part in parts(problem, dtype, precision)]
+    channels, filters = (_padded(count, dtype, precision) for count in (problem.C, problem.K))
+    return [(replace(problem, C=channels, K=problem.K if pass_ == "fprop" else filters), pass_)]
 
 
-def parts(problem: Conv2dProblem, dtype: torch.dtype) -> list[DgradPart]:
+def parts(problem: Conv2dProblem, dtype: torch.dtype, precision: str) -> list[DgradPart]:
     """problem.dgrad for operands from `image` and `transposed_filters`."""
     return [
         replace(
             part,
-            problem=replace(part.problem, C=_padded(problem.K, dtype), together=False),
+            problem=replace(part.problem, C=_padded(problem.K, dtype, precision), together=False),
             filters=replace(part.filters, transposed=False),
         )
         for part in problem.dgrad
     ]
 
 
-def image(x: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
+def image(x: torch.Tensor, precision: str, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
     """x [N, C, H, W], any strides, or its copy in which C is a multiple of 16, and what fills that."""
-    channels = _padded(x.shape[1], x.dtype)
+    channels = _padded(x.shape[1], x.dtype, precision)
     if channels == x.shape[1]:
         return x, []
     copy, launches = in_channels_last(x, gpu=gpu, channels=channels)
@@ -81,10 +79,10 @@ def image(x: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
     return copy, [plan_widen(x.permute(0, 2, 3, 1), copy.permute(0, 2, 3, 1), gpu=gpu)]
 
 
-def transposed_filters(w: torch.Tensor, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
+def transposed_filters(w: torch.Tensor, precision: str, gpu: GPU) -> tuple[torch.Tensor, list[Launch]]:
     """The filters [K, C, R, S] as those of an input gradient, [C, K filled up, R, S], and the launch."""
-    turned = w.transpose(0, 1)
-    copy = scratch(layout.empty_image((w.shape[1], _padded(w.shape[0], w.dtype), *w.shape[2:]), w, channels_last=True))
+    turned, filters = w.transpose(0, 1), _padded(w.shape[0], w.dtype, precision)
+    copy = scratch(layout.empty_image((w.shape[1], filters, *w.shape[2:]), w, channels_last=True))
     return copy, [plan_widen(turned.permute(0, 2, 3, 1), copy.permute(0, 2, 3, 1), gpu=gpu)]
 
 
@@ -93,8 +91,9 @@ def plan_narrow(wide: torch.Tensor, dw: torch.Tensor, *, gpu: GPU) -> Launch:
     return plan_widen(wide[: dw.shape[0]].permute(0, 2, 3, 1), dw.permute(0, 2, 3, 1), gpu=gpu)
 
 
-def _padded(channels: int, dtype: torch.dtype) -> int:
-    return -(-channels // MULTIPLE) * MULTIPLE if channels * dtype.itemsize % 16 else channels
+def _padded(channels: int, dtype: torch.dtype, precision: str) -> int:
+    read = fp32.multiplied(dtype, precision)
+    return -(-channels // MULTIPLE) * MULTIPLE if channels * read.itemsize % 16 else channels
 
 
 @lru_cache(maxsize=1024)
@@ -105,14 +104,15 @@ def _quicker(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: 
             cost.predict(own, as_, tiles.choose(own, as_, dtype, precision, gpu), dtype, precision, gpu).modelled_us
             for own, as_ in found
         )
-        for found in (as_it_is, problems(problem, pass_, dtype))
+        for found in (as_it_is, problems(problem, pass_, dtype, precision))
     )
-    return after + sum(cost.streaming_us(moved, gpu) for moved in _copied(problem, pass_, dtype)) < before
+    copies = sum(cost.streaming_us(moved, gpu) for moved in _copied(problem, pass_, dtype, precision))
+    return copies + after < before
 
 
-def _copied(problem: Conv2dProblem, pass_: str, dtype: torch.dtype) -> list[int]:
+def _copied(problem: Conv2dProblem, pass_: str, dtype: torch.dtype, precision: str) -> list[int]:
     """Bytes read and written by each copy."""
-    channels, filters = _padded(problem.C, dtype), _padded(problem.K, dtype)
+    channels, filters = (_padded(count, dtype, precision) for count in (problem.C, problem.K))
     x = problem.N * problem.H * problem.W * (problem.C + channels)
     dy = problem.N * problem.P * problem.Q * (problem.K + filters)
     elements = []
