@@ -60,7 +60,12 @@ WAYS = {
     # The factor is an fp32 number in every dtype: only one that is exact in it lets fp64 show its own rounding.
     "fp64": Way(("fprop_gather",), torch.float64, ODD, p=0.5),
     "bf16x3": Way(("split", "split", "fprop_box"), torch.float32, settings={"precision": "bf16x3"}),
-    "bf16x6 by pointers": Way(("split", "split", "fprop_gather"), torch.float32, ODD, settings={"precision": "bf16x6"}),
+    "bf16x6 by pointers": Way(
+        ("split", "split", "fprop_gather"),
+        torch.float32,
+        tile=PIXEL | {"formulation": "gather", "flat": False},
+        settings={"precision": "bf16x6"},
+    ),
     "any batch": Way(("fprop_box",), settings={"batch_invariant": True}),
 }
 
