@@ -208,7 +208,7 @@ def inspect_case(case: Case, arch: str, override: dict[str, Any] | None = None) 
 
 
 def inspect_all(
-    cases: Sequence[Case], archs: Sequence[str], *, jobs: int = 2, cached: bool = True,
+    cases: Sequence[Case], archs: Sequence[str], *, jobs: int = 1, cached: bool = True,
     override: dict[str, Any] | None = None, progress: Progress | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Inspection rows (JSON of records.Inspection) for every case on every architecture, in that order.

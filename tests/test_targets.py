@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tileconv.bench import targets
+from tileconv.bench import cases, inspect, targets
 from tileconv.bench.cli import app
-from tileconv.bench.records import Inspection, load
+from tileconv.bench.records import Inspection, from_data, load
 from tileconv.kernels import hardware
 
 Where = tuple[str, str, str, str]  # target, architecture, pass, layer
@@ -95,13 +95,15 @@ def test_other_architectures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 8, 32])
-def test_small_batches_use_half_the_gpu(batch: int, tmp_path: Path) -> None:
-    passes = [part for pass_ in ("fprop", "dgrad", "wgrad") for part in ("--pass", pass_)]
-    rows = inspected(tmp_path, "--batch", str(batch), *passes, "--layer", "conv3")
-    busy = [line for line in targets.lines(rows) if line.target.startswith("busy share")]
-    assert len(busy) == 3
-    assert [str(line) for line in busy if not line.met] == []
+def test_small_batches_use_half_the_gpu() -> None:
+    passes = ["fprop", "dgrad", "wgrad"]
+    chosen = [case for batch in (1, 8, 32) for case in cases.cases("alexnet", batch, ["fp16"], passes, ["conv3"])]
+    rows = [from_data(Inspection, row, "row") for row in inspect.inspect_all(chosen, ["sm_90"], cached=False)]
+    for batch in (1, 8, 32):
+        lines = targets.lines([row for row in rows if row.batch == batch])
+        busy = [line for line in lines if line.target.startswith("busy share")]
+        assert len(busy) == 3
+        assert [f"batch {batch}: {line}" for line in busy if not line.met] == []
 
 
 def a_row(**changes: object) -> Inspection:

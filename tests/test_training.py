@@ -46,7 +46,7 @@ LENET_KEYS = {
     "fc3.weight": (10, 84),
     "fc3.bias": (10,),
 }
-SMALL = ("--epochs", "2", "--batch-size", "4", "--lr", "0.01", "--image-size", "28")
+SMALL = ("--epochs", "2", "--batch-size", "8", "--lr", "0.01", "--image-size", "28")
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +194,8 @@ def test_command_writes_record_curve_and_checkpoint(whole: Path) -> None:
         "fingerprint": record["data"]["fingerprint"]
     }
     assert [row["epoch"] for row in record["epochs"]] == [1, 2]
-    assert len(record["step_losses"]) == 2 * record["steps_per_epoch"] == 10
-    means = np.array(record["step_losses"]).reshape(2, 5) @ np.array([4, 4, 4, 4, 2]) / 18
+    assert len(record["step_losses"]) == 2 * record["steps_per_epoch"] == 6
+    means = np.array(record["step_losses"]).reshape(2, 3) @ np.array([8, 8, 2]) / 18
     assert [row["train_loss"] for row in record["epochs"]] == pytest.approx(means)
     assert ("interpreter_wall_seconds" in record) == record["interpreter"]
     assert str(whole) not in json.dumps(record)
@@ -217,7 +217,7 @@ def test_killed_run_is_resumed_bit_for_bit(folder: Path, whole: Path, tmp_path: 
         "import typer; typer.run(train.train)"
     )
     run = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments, "--checkpoint-every", "2"],
+        [sys.executable, "-W", "ignore", "-c", code, *arguments, "--checkpoint-every", "1"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert run.stdout is not None
@@ -234,7 +234,7 @@ def test_killed_run_is_resumed_bit_for_bit(folder: Path, whole: Path, tmp_path: 
 def test_stopped_by_the_time_limit_and_resumed(folder: Path, whole: Path, tmp_path: Path) -> None:
     """After every single step."""
     text = command(folder, tmp_path, *SMALL, "--time-limit", "1e-9", code=3)
-    assert "stopped after epoch 0, step 1 of 5: --resume goes on from here" in text
+    assert "stopped after epoch 0, step 1 of 3: --resume goes on from here" in text
     text = command(folder, tmp_path, *SMALL, "--time-limit", "1e-9", "--resume", code=3)
     assert "resumed after epoch 0, step 1" in text
     command(folder, tmp_path, *SMALL, "--resume", "--workers", "2")  # which change nothing either
@@ -313,7 +313,7 @@ def test_damaged_checkpoint_is_refused_and_kept(
 def test_checkpoint_of_another_run_changes_nothing(
     trainer: Callable[..., Trainer], whole: Path, changes: dict[str, Any], says: str
 ) -> None:
-    other = trainer(**{"batch_size": 4} | changes)
+    other = trainer(**{"batch_size": 8} | changes)
     before, random = copy.deepcopy(other.model.state_dict()), torch.get_rng_state()
     with pytest.raises(TrainingError, match=r"checkpoint\.pt is of another run: ") as caught:
         other.load(whole / CHECKPOINT)
