@@ -63,8 +63,9 @@ WAYS = {
     "bf16x6 by pointers": Way(
         ("split", "split", "fprop_gather"),
         torch.float32,
-        tile=PIXEL | {"formulation": "gather", "flat": False},
-        settings={"precision": "bf16x6"},
+        ODD,
+        PIXEL | {"formulation": "gather", "flat": False},
+        {"precision": "bf16x6"},
     ),
     "any batch": Way(("fprop_box",), settings={"batch_invariant": True}),
 }

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import tileconv.kernels as tk
+from tileconv.bench.cases import DTYPES, precision_of
 from tileconv.kernels import hardware, reference, tiles
 from tileconv.kernels.geometry import Conv2dProblem
 from tileconv.kernels.launch import conv, padded, plans
@@ -49,7 +50,7 @@ def test_passes_on_padded_copies_against_float64(
     name: str, arithmetic: str, memory_format: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = seen(monkeypatch)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(arithmetic, torch.float32)
+    dtype = DTYPES[arithmetic]
     shape, filters, window, arguments = CASES[name]
     x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
     w = (torch.randn(filters, shape[1], window, window) / (3 * shape[1] ** 0.5)).to(dtype)
@@ -71,11 +72,11 @@ def test_passes_on_padded_copies_against_float64(
 
 
 @pytest.mark.skipif(not hardware.interpreting(), reason="plans for another GPU, run in Triton's interpreter")
-@pytest.mark.parametrize("precision", ["fp16", "tf32", "bf16x3"])
+@pytest.mark.parametrize("arithmetic", ["fp16", "tf32", "bf16x3"])
 @pytest.mark.parametrize("name", CASES)
-def test_padded_copies_by_pointers_against_float64(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_copies_by_pointers_against_float64(name: str, arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU without tensor descriptors runs them: 16-byte copies need the same rows."""
-    dtype = torch.float16 if precision == "fp16" else torch.float32
+    dtype = DTYPES[arithmetic]
     monkeypatch.setattr(padded, "_quicker", lambda *_: True)
     shape, filters, window, arguments = CASES[name]
     given = {"stride": 1, "padding": 0, "dilation": 1} | arguments
@@ -85,7 +86,7 @@ def test_padded_copies_by_pointers_against_float64(name: str, precision: str, mo
                 for extents in (problem.x_shape, problem.w_shape, problem.y_shape))  # fmt: skip
     w /= 3 * shape[1] ** 0.5
     y, dx, dw = (torch.full_like(t, torch.nan) for t in (dy, x, w))
-    settings: dict[str, Any] = {"gpu": A100, "precision": "ieee" if precision == "fp16" else precision}
+    settings: dict[str, Any] = {"gpu": A100, "precision": precision_of(arithmetic)}
     with plans.allocations() as scratch:
         launches = [
             *conv.plan_fprop(problem, x, w, None, y, **settings),

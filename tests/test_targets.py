@@ -96,10 +96,10 @@ def test_other_architectures(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_small_batches_use_half_the_gpu() -> None:
-    passes = ["fprop", "dgrad", "wgrad"]
-    chosen = [case for batch in (1, 8, 32) for case in cases.cases("alexnet", batch, ["fp16"], passes, ["conv3"])]
+    batches, passes = (1, 8, 32), ["fprop", "dgrad", "wgrad"]
+    chosen = [case for batch in batches for case in cases.cases("alexnet", batch, ["fp16"], passes, ["conv3"])]
     rows = [from_data(Inspection, row, "row") for row in inspect.inspect_all(chosen, ["sm_90"], cached=False)]
-    for batch in (1, 8, 32):
+    for batch in batches:
         lines = targets.lines([row for row in rows if row.batch == batch])
         busy = [line for line in lines if line.target.startswith("busy share")]
         assert len(busy) == 3

@@ -217,7 +217,7 @@ def test_killed_run_is_resumed_bit_for_bit(folder: Path, whole: Path, tmp_path: 
         "import typer; typer.run(train.train)"
     )
     run = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments, "--checkpoint-every", "1"],
+        [sys.executable, "-W", "ignore", "-c", code, *arguments, "--checkpoint-every", "2"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert run.stdout is not None
